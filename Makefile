@@ -1,0 +1,49 @@
+# `make demo` and `make test` need Python 3.10 or newer and nothing else; both may be run again and again.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+TOOLS := $(VENV)/.tools
+
+.PHONY: demo test test-slow check format bench clean
+
+demo: $(INSTALLED)
+	$(BIN)/headstart demo
+
+test: $(TOOLS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not network and not gpu"
+
+test-slow: $(TOOLS)
+	$(BIN)/python -m pytest -m "slow and not network and not gpu"
+
+check: $(TOOLS)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(TOOLS)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# The measurements of the README: minutes to an hour, one after the other.
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/ants_bees.py
+	$(BIN)/python benchmarks/throughput.py
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/start.py
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(INSTALLED): $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable ".[backbones]"
+	touch $@
+
+# The tools' list stands in pyproject.toml's dependency groups; pip knows them since 25.1.
+$(TOOLS): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --group test --group check
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache

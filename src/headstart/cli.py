@@ -1,0 +1,464 @@
+"""The command line: one verb per public function. What programs read goes to stdout, the rest to stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
+
+from cyclopts import App, CycloptsError, Parameter
+
+from headstart import __version__
+from headstart import config as configs
+from headstart.errors import BackboneError, HeadstartError, RunError, UsageError
+
+if TYPE_CHECKING:
+    from headstart.evaluation import Evaluation
+    from headstart.loading import Picture
+    from headstart.model import Prediction
+    from headstart.quality import Audit
+    from headstart.training import Run
+
+app = App(
+    name="headstart",
+    help="Turn a folder of labelled pictures into an image classifier that can be trusted.",
+    version=__version__,
+    version_flags=["--version"],
+    help_format="plaintext",
+)
+Table = Literal["table", "json", "csv"]
+
+
+def _flags(*sections: str) -> type:
+    """A dataclass with an optional field for each setting, so that the flags are the settings; None: not given."""
+    fields = []
+    for entry in configs.settings(*sections).values():
+        default = f" [default: {entry.default}]" if entry.default != "" else ""
+        parameter = Parameter(help=entry.help + default, show_default=False, negative=(), group="Settings")
+        fields.append((entry.name, Annotated[entry.type | None, parameter], dataclasses.field(default=None)))
+    return dataclasses.make_dataclass("Flags", fields, frozen=True, namespace={"__module__": __name__})
+
+
+_AllFlags = _flags()
+_DataFlags = _flags("data", "train")
+_EvaluateFlags = _flags("data", "model", "train", "evaluate")
+_PredictFlags = _flags("model")
+Flat = Parameter(name="*")
+
+
+@app.command
+def train(
+    data: str,
+    /,
+    *,
+    out: str | None = None,
+    config: Path | None = None,
+    resume: Annotated[bool, Parameter(negative=())] = False,
+    settings: Annotated[_AllFlags, Flat] = _AllFlags(),  # type: ignore[valid-type]
+) -> None:
+    """Train a classifier on a folder of class folders, or a table.
+
+    Parameters
+    ----------
+    data
+        Folder with a folder for each class (or train/val/test with class folders), or a .csv or .tsv file.
+    out
+        Run folder that everything is written to [default: runs/NAME-N, the next free].
+    config
+        TOML file with settings, such as a run folder's config.toml; flags win over it.
+    resume
+        Keep a finished run as it is instead of refusing its folder.
+    """
+    from headstart import training
+
+    with _progress("pictures") as track:
+        run = training.train(data, out, config=config, resume=resume, track=track, **_given(settings))
+    if run is None:
+        print(f"{_shown(str(out))} holds this run, finished; nothing was changed.")
+    else:
+        print(_summary(run, _shown(data)))
+
+
+@app.command
+def evaluate(
+    run: str,
+    /,
+    *,
+    data: str | None = None,
+    json: Path | None = None,
+    settings: Annotated[_EvaluateFlags, Flat] = _EvaluateFlags(),  # type: ignore[valid-type]
+) -> None:
+    """Measure a classifier, on its own report pictures or on others.
+
+    Parameters
+    ----------
+    run
+        Run folder or model.safetensors.
+    data
+        Labelled pictures, all of which count [default: the run's own report pictures].
+    json
+        File that the figures are written to, as in metrics.json.
+    """
+    from headstart import training
+
+    with _progress("pictures") as track:
+        result = training.evaluate(run, data, track=track, **_given(settings))
+    for source, why in result.unreadable.items():
+        _say(f"left out: {_shown(source)}: {why}")
+    if result.fitted_on:
+        _say(f"{result.fitted_on} of these pictures were used for training: the figures flatter")
+    elif result.fitted_on is None:
+        _say("whether these pictures were used for training is not known")
+    print(_figures(result))
+    if json is not None:
+        _write(json, _dump(result.to_json()) + "\n")
+
+
+@app.command
+def predict(
+    run: str,
+    paths: Annotated[list[str], Parameter(consume_multiple=True)],
+    /,
+    *,
+    top: int | None = None,
+    format: Table = "table",
+    out: Path | None = None,
+    settings: Annotated[_PredictFlags, Flat] = _PredictFlags(),  # type: ignore[valid-type]
+) -> int:
+    """Say what pictures show.
+
+    Parameters
+    ----------
+    run
+        Run folder, model.safetensors, or `imagenet` for the stock classifier with a thousand classes.
+    paths
+        Picture files, folders, globs.
+    top
+        How many of the most probable classes to give [default: 3 in a table, else all].
+    format
+        table; json, one object a line; or csv.
+    out
+        File to write to instead of the terminal.
+    """
+    from headstart import model
+
+    if top is not None and top < 1:
+        raise UsageError("--top", f"must be 1 or more, not {top}", "See headstart predict --help.")
+    classifier = model.load(run)
+    with _progress("pictures") as track:
+        predictions = model.predict(classifier, paths, track=track, **_given(settings))
+        with _output(out) as file:
+            read, failed = _write_predictions(predictions, classifier.classes, format, top, file)
+    if failed:
+        _say(f"{failed} of {read + failed} could not be read")
+    return 1 if failed and not read else 0
+
+
+@app.command
+def audit(
+    data: str,
+    /,
+    *,
+    json: Path | None = None,
+    settings: Annotated[_DataFlags, Flat] = _DataFlags(),  # type: ignore[valid-type]
+) -> None:
+    """Say what is wrong with a data set: unreadable pictures, duplicates, leaks, small classes.
+
+    Parameters
+    ----------
+    data
+        Folder of class folders, or table.
+    json
+        File that the findings are written to.
+    """
+    from headstart import training
+
+    with _progress("pictures") as track:
+        result = training.audit(data, track=track, **_given(settings))
+    print(_findings(result))
+    if json is not None:
+        _write(json, _dump(result.to_json()) + "\n")
+
+
+@app.command
+def models(query: str = "", /) -> None:
+    """List the networks that can be adapted, and whether their weights are here already.
+
+    Parameters
+    ----------
+    query
+        Part of a name, or a pattern with * and ?.
+    """
+    from headstart import backbones
+
+    listed = backbones.list_models(query)
+    if not listed:
+        raise BackboneError(query, "no network has such a name", "Try a shorter part of it.")
+    for entry in listed:
+        here = "here" if entry.here else "to be fetched"
+        details = f"{entry.parameters / 1e6:8.1f} M parameters  {entry.size} px" if entry.parameters else ""
+        print(f"{entry.name:<48} {here:<14} {details}".rstrip())
+
+
+@app.command
+def demo(*, out: str = "runs/demo") -> None:
+    """Show the main job on handwritten digits, offline, in a minute or less.
+
+    Parameters
+    ----------
+    out
+        Folder that the pictures and the run are written to.
+    """
+    from headstart import demonstration
+
+    with _progress("pictures") as track:
+        run, predictions = demonstration.demo(out, track=track)
+    print(_summary(run, _shown(os.path.join(out, "digits"))))
+    print("\n" + _draw(predictions))
+    print("\nNow with your own pictures, a folder for each class:\n")
+    print("  headstart train PICTURES --out runs/mine")
+    print("  headstart predict runs/mine PICTURE...")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    _set_up()
+    try:
+        status = app(words, exit_on_error=False, print_error=False, result_action="return_value")
+        sys.stdout.flush()
+        return status if isinstance(status, int) else 0
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            raise
+        return _report(error, words)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, so that it unwinds as an interrupt does."""
+
+
+def _set_up() -> None:
+    def terminate(*_: object) -> None:
+        raise _Terminated
+
+    with contextlib.suppress(ValueError):  # only the main thread may set handlers; others do without
+        signal.signal(signal.SIGTERM, terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="surrogateescape")  # names that are no text go out as they came in
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("headstart").setLevel(logging.INFO)
+    # Pillow warns of oddities in pictures that it reads all the same.
+    import warnings
+
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def _report(error: BaseException, words: Sequence[str]) -> int:
+    """One line on stderr for an error; the exit status."""
+    if isinstance(error, HeadstartError):
+        _say(f"error: {_shown(str(error))}")
+        return error.exit_status
+    if isinstance(error, CycloptsError):
+        text = " ".join(str(error).split())
+        verb = words[0] if words and not words[0].startswith("-") else ""
+        command = _shown(" ".join(("headstart", *words))[:200])
+        _say(f"error: usage: {command}: {_shown(text)} See headstart {verb} --help.")
+        return 2
+    if isinstance(error, KeyboardInterrupt):
+        _say("interrupted: what was done so far is kept, the same command goes on from there")
+        return 143 if isinstance(error, _Terminated) else 130
+    if isinstance(error, BrokenPipeError):  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    if isinstance(error, OSError):
+        name = _shown(str(error.filename or "system"))
+        _say(f"error: file: {name}: {error.strerror or error}. Check the disk and permissions.")
+        return 1
+    text = " ".join(str(error).split()) or "no reason given"
+    _say(f"error: unexpected: {type(error).__name__}: {_shown(text)}. Please report this, with --debug's output.")
+    return 1
+
+
+def _given(settings: Any) -> dict[str, Any]:
+    return {key: value for key, value in dataclasses.asdict(settings).items() if value is not None}
+
+
+# What is shown
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _shown(text: str) -> str:
+    """Text for one line of a terminal: control characters, newlines among them, as escapes."""
+    return "".join(c if c.isprintable() or "\udc80" <= c <= "\udcff" else repr(c)[1:-1] for c in text)
+
+
+def _dump(values: Any) -> str:
+    return json.dumps(values, indent=2)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8", errors="surrogateescape")
+    except OSError as error:
+        raise RunError(path, f"cannot be written ({error.strerror})", "Give a file that you may write to.") from error
+
+
+@contextlib.contextmanager
+def _output(path: Path | None) -> Iterator[TextIO]:
+    if path is None:
+        yield sys.stdout
+        return
+    try:
+        file = path.open("w", encoding="utf-8", errors="surrogateescape", newline="")
+    except OSError as error:
+        raise RunError(path, f"cannot be written ({error.strerror})", "Give a file that you may write to.") from error
+    with file:
+        yield file
+
+
+@contextlib.contextmanager
+def _progress(what: str) -> Iterator[Any]:
+    """A function that wraps an iterable to show how far it is: a bar on a terminal, a line now and then elsewhere."""
+    if not sys.stderr.isatty():
+        yield _lines
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+
+        def track(items: Iterable[Picture], total: int) -> Iterator[Picture]:
+            return iter(progress.track(items, total))
+
+        yield track
+
+
+def _lines(items: Iterable[Picture], total: int) -> Iterator[Picture]:
+    last = time.monotonic()
+    for number, item in enumerate(items, 1):
+        yield item
+        if time.monotonic() - last > 5:
+            last = time.monotonic()
+            _say(f"pictures {number}/{total}")
+
+
+def _summary(run: Run, data: str) -> str:
+    audit, result, head = run.audit, run.evaluation, run.classifier.provenance["head"]
+    counts = audit.to_json()["counts"]
+    lines = [
+        f"{len(audit.clean.samples)} pictures, {len(run.classifier.classes)} classes; "
+        f"{len(result.sources)} kept for the report",
+        f"audit: {counts['error']} errors, {counts['warning']} warnings, {counts['note']} notes",
+        f"plan:  {run.plan.strategy}, head {head['kind']} by {run.plan.phases[0].folds}-fold cross-validation",
+        "",
+        _figures(result),
+    ]
+    if run.unleaked is not None:
+        leaked = len(result.sources) - len(run.unleaked.sources)
+        name, estimate = next(iter(run.unleaked.metrics.items()))
+        lines.append(f"\n{leaked} report pictures have a duplicate in training; without them: {name} {estimate}")
+    place = _shown(str(run.path))
+    lines += ["", f"written to {place}", "next:"]
+    if any(counts.values()):
+        lines.append(f"  headstart audit {data}")
+    lines.append(f"  headstart predict {place} PICTURE...")
+    return "\n".join(lines)
+
+
+def _figures(result: Evaluation) -> str:
+    from rich.cells import cell_len
+
+    lines = [f"{name.replace('_', ' '):<20} {estimate}" for name, estimate in result.metrics.items()]
+    width = max(cell_len(_shown(label)) for label in result.classes)
+    shown = list(result.by_class.items())[:20]
+    lines.append("")
+    for label, row in shown:
+        pad = " " * (width - cell_len(_shown(label)))
+        lines.append(f"{_shown(label)}{pad}  precision {row['precision']}  recall {row['recall']}")
+    if len(result.by_class) > len(shown):
+        lines.append(f"... and {len(result.by_class) - len(shown)} more classes, in metrics.json")
+    if result.undefined and result.task == "multi":
+        names = ", ".join(map(_shown, result.undefined))
+        lines.append(f"no figures, and left out of means, for want of positives or negatives: {names}")
+    return "\n".join(lines)
+
+
+def _findings(result: Audit) -> str:
+    count = len(result.clean.samples)
+    if not result.findings:
+        return f"{count} pictures, {len(result.clean.classes)} classes: nothing found"
+    lines = [f"{count} pictures, {len(result.clean.classes)} classes"]
+    width = max(len(finding.kind) for finding in result.findings)
+    lines += [
+        f"{finding.severity:<8} {finding.kind:<{width}}  {_shown(finding.message)}. {finding.remedy}"
+        for finding in result.findings
+    ]
+    return "\n".join(lines)
+
+
+def _write_predictions(
+    predictions: Iterable[Prediction], classes: Sequence[str], format: Table, top: int | None, file: TextIO
+) -> tuple[int, int]:
+    """Write predictions as they come; (how many pictures were read, how many were not)."""
+    read = failed = 0
+    writer = csv.writer(file)
+    if format == "csv":
+        ranks = range(1, min(top or 0, len(classes)) + 1)
+        columns = [name for rank in ranks for name in (f"class_{rank}", f"p_{rank}")]
+        writer.writerow(("source", "label", "confidence", "error", *(columns or [f"p:{label}" for label in classes])))
+    for prediction in predictions:
+        failed, read = failed + bool(prediction.error), read + (not prediction.error)
+        if format == "json":
+            file.write(json.dumps(prediction.to_json(top)) + "\n")
+        elif format == "csv":
+            writer.writerow(_csv_row(prediction, classes, top))
+        elif prediction.error:
+            _say(f"{_shown(prediction.source)}: {prediction.error}")
+        else:
+            ranked = list(prediction.probabilities.items())[: top or 3]
+            text = ", ".join(f"{_shown(label)} {value:.1%}" for label, value in ranked)
+            given = f"  -> {_shown(prediction.label) or '(none)'}" if prediction.multi else ""
+            file.write(f"{_shown(prediction.source)}: {text}{given}\n")
+    file.flush()
+    return read, failed
+
+
+def _csv_row(prediction: Prediction, classes: Sequence[str], top: int | None) -> list[str]:
+    if prediction.error:
+        return [prediction.source, "", "", prediction.error]
+    confidence = "|".join(f"{prediction.probabilities[label]:.6g}" for label in prediction.labels)
+    row = [prediction.source, prediction.label, confidence, ""]
+    if top is None:
+        return row + [f"{prediction.probabilities[label]:.6g}" for label in classes]
+    return row + [cell for label, p in list(prediction.probabilities.items())[:top] for cell in (label, f"{p:.6g}")]
+
+
+def _draw(predictions: Sequence[Prediction]) -> str:
+    """Pictures side by side in characters, two pixels to one, over what they were taken for."""
+    import numpy as np
+
+    from headstart.images import open_image
+
+    shades, width, blocks = "@%#*+=-:. ", 16, []
+    for prediction in predictions:
+        grey = np.asarray(open_image(prediction.source).convert("L").resize((width, width // 2)))
+        rows = ["".join(shades[int(value) * len(shades) // 256] for value in row) for row in grey]
+        blocks.append([*rows, f"{prediction.label}  {prediction.confidence:.1%}".ljust(width)])
+    return "\n".join("   ".join(parts) for parts in zip(*blocks, strict=True))

@@ -1,0 +1,247 @@
+"""The settings of a run: frozen dataclasses, read from TOML and keywords, with all mistakes reported at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import sys
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from headstart.errors import ConfigError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+T = TypeVar("T")
+
+
+def _setting(default: T, help: str, **limits: float) -> T:
+    """A dataclass field with its help text and, for numbers, the limits `least` and `most`."""
+    result: T = field(default=default, metadata={"help": help, **limits})
+    return result
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """How a folder or table is read."""
+
+    images: str = _setting("", "folder in which a table's pictures lie")
+    classes: Literal["folder", "leaf"] = _setting(
+        "folder", "a class is a first-level folder, or each folder that holds pictures (leaf)"
+    )
+    task: Literal["auto", "single", "multi"] = _setting("auto", "one label a picture, or several")
+    separator: str = _setting("", "what separates several labels in a table's cell (default: | ; , else spaces)")
+    image_column: str = _setting("", "the table's column of picture paths (default: found by name)")
+    label_column: str = _setting("", "the table's column of labels (default: found by name)")
+    split_column: str = _setting("", "the table's column of train, val, test (default: found by name)")
+    group_column: str = _setting("", "the table's column of groups that must stay together (default: found by name)")
+    limit_megapixels: float = _setting(50.0, "pictures with more pixels are set aside", least=0.0001)
+    limit_mebibytes: float = _setting(64.0, "picture files with more bytes are set aside", least=0.0001)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which network is adapted, and how it is run."""
+
+    backbone: str = _setting("auto", "pretrained network, see `headstart models` (auto: efficientnet_lite0)")
+    weights: str = _setting("", "file with the network's weights (.safetensors, .pth)")
+    precision: Literal["auto", "bfloat16", "float32"] = _setting(
+        "auto", "number format of the network (auto: bfloat16 where the machine computes in it)"
+    )
+    device: str = _setting("auto", "auto, cpu, cuda, cuda:N, mps or xpu")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a classifier is trained."""
+
+    strategy: Literal["auto", "probe"] = _setting("auto", "how the network is adapted (auto: probe)")
+    seed: int = _setting(0, "seed of splits, folds and resampling", least=0)
+    cache: str = _setting("auto", "folder of cached features, or none (auto: $HEADSTART_CACHE, else the user's cache)")
+    report_share: float = _setting(
+        0.2, "share of the pictures kept for the report where no split is given", least=0.01, most=0.9
+    )
+    folds: int = _setting(5, "folds of the cross-validation", least=2, most=50)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """How the result is measured."""
+
+    resamples: int = _setting(1000, "bootstrap resamples for the intervals", least=100, most=100_000)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All settings of a run; the sections of `config.toml`."""
+
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting: where it lives and what it may be."""
+
+    section: str
+    name: str
+    type: Any
+    default: Any
+    help: str
+    least: float
+    most: float
+
+    def check(self, value: object) -> tuple[Any, str]:
+        """(the value in its own type, what is wrong with it or "")."""
+        if typing.get_origin(self.type) is Literal:
+            choices = typing.get_args(self.type)
+            return value, "" if value in choices else f"must be one of {', '.join(choices)}, not {value!r}"
+        if self.type is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if self.type is str and isinstance(value, Path):
+            value = str(value)
+        if type(value) is not self.type:
+            return value, f"must be {_TYPE_NAMES[self.type]}, not {value!r}"
+        if isinstance(value, (int, float)) and not self.least <= value <= self.most:
+            return value, f"must lie between {self.least:g} and {self.most:g}, not {value:g}"
+        return value, ""
+
+
+_RUN = "run"  # the section of facts that a finished run adds
+_TYPE_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def settings(*sections: str) -> dict[str, Setting]:
+    """All settings by name, of the named sections or of all; a name stands in one section only."""
+    found = {}
+    for section in dataclasses.fields(RunConfig):
+        if sections and section.name not in sections:
+            continue
+        section_type = type(getattr(RunConfig(), section.name))
+        hints = typing.get_type_hints(section_type)
+        for entry in dataclasses.fields(section_type):
+            limits = entry.metadata.get("least", float("-inf")), entry.metadata.get("most", float("inf"))
+            found[entry.name] = Setting(
+                section.name, entry.name, hints[entry.name], entry.default, entry.metadata["help"], *limits
+            )
+    return found
+
+
+def resolve(base: RunConfig | str | Path | None = None, given: Mapping[str, object] | None = None) -> RunConfig:
+    """The configuration from a base (a `RunConfig`, a TOML file, or the defaults) and settings by name, which win.
+
+    Raises:
+        ConfigError: naming every unknown setting and every wrong value at once.
+    """
+    start = RunConfig() if base is None or isinstance(base, (str, Path)) else base
+    mistakes: list[str] = []
+    values: dict[str, Any] = {}
+    if isinstance(base, (str, Path)):
+        values.update(_checked(_read_toml(Path(base), mistakes), mistakes))
+    values.update(_checked({name: value for name, value in (given or {}).items() if value is not None}, mistakes))
+    if mistakes:
+        subject = str(base) if isinstance(base, (str, Path)) else "given"
+        raise ConfigError(subject, "; ".join(mistakes), "Correct them; `headstart train --help` lists all settings.")
+    return _replaced(start, values)
+
+
+def flatten(config: RunConfig) -> dict[str, Any]:
+    """All settings of a configuration by name."""
+    return {name: getattr(getattr(config, entry.section), name) for name, entry in settings().items()}
+
+
+def write(config: RunConfig, facts: Mapping[str, str], path: Path) -> None:
+    """Write a configuration as TOML, with facts of the run (path and fingerprint of the data) in their own section."""
+    import tomli_w
+
+    tables: dict[str, Any] = {_RUN: {key: _toml_text(value) for key, value in facts.items()}}
+    for section in dataclasses.fields(config):
+        values = dataclasses.asdict(getattr(config, section.name))
+        tables[section.name] = {key: _toml_text(value) for key, value in values.items()}
+    path.write_text(tomli_w.dumps(tables), encoding="utf-8")
+
+
+def read_facts(path: Path) -> dict[str, str]:
+    """The facts of the run that a `config.toml` was written with."""
+    section = tomllib.loads(path.read_text(encoding="utf-8")).get(_RUN, {})
+    return {key: _native_text(value) for key, value in section.items()}
+
+
+def _toml_text(value: Any) -> Any:
+    """TOML holds Unicode only; bytes of a name that are none travel as a pair of private-use characters."""
+    if not isinstance(value, str):
+        return value
+    return "".join(f"\U0010fffd{chr(ord(c) - 0xDC00)}" if 0xDC80 <= ord(c) <= 0xDCFF else c for c in value)
+
+
+def _native_text(text: str) -> str:
+    head, *rest = text.split("\U0010fffd")
+    return head + "".join(chr(ord(part[0]) + 0xDC00) + part[1:] for part in rest)
+
+
+def _read_toml(path: Path, mistakes: list[str]) -> dict[str, object]:
+    """The settings in a TOML file by name; wrong sections are added to `mistakes`."""
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(path, f"cannot be read ({error.strerror})", "Give the path of a TOML file.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(path, f"is not TOML ({error})", "Correct it there.") from error
+    known, values = settings(), {}
+    for section, entries in content.items():
+        if section == _RUN:
+            continue
+        if not isinstance(entries, dict):
+            mistakes.append(f"{section!r} must stand in a section, such as [train]")
+            continue
+        for name, value in entries.items():
+            home = known[name].section if name in known else None
+            if home is not None and home != section:
+                mistakes.append(f"{name!r} belongs to [{home}], not [{section}]")
+            else:
+                values[name] = _native_text(value) if isinstance(value, str) else value
+    return values
+
+
+def _checked(given: Mapping[str, object], mistakes: list[str]) -> dict[str, Any]:
+    """The right ones of the given settings; what is wrong with the others is added to `mistakes`."""
+    known, values = settings(), {}
+    for name, value in given.items():
+        if name not in known:
+            mistakes.append(f"unknown setting {name!r}{did_you_mean(name, known)}")
+            continue
+        values[name], why = known[name].check(value)
+        if why:
+            mistakes.append(f"{name} {why}")
+    return values
+
+
+def cache_folder() -> Path:
+    """Where weights and features are kept: `$HEADSTART_CACHE`, else `headstart` in the user's cache folder."""
+    own, shared = os.environ.get("HEADSTART_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    return Path(own) if own else Path(shared or Path.home() / ".cache") / "headstart"
+
+
+def did_you_mean(name: str, known: typing.Iterable[str]) -> str:
+    """', did you mean X?' with the nearest known name, or ''."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f", did you mean {near[0]!r}?" if near else ""
+
+
+def _replaced(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    known = settings()
+    sections: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        sections.setdefault(known[name].section, {})[name] = value
+    return dataclasses.replace(
+        config, **{name: dataclasses.replace(getattr(config, name), **entries) for name, entries in sections.items()}
+    )

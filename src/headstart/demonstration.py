@@ -1,0 +1,56 @@
+"""The main job on pictures that everybody has: the handwritten digits inside scikit-learn."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from headstart import training
+from headstart.features import Track
+from headstart.model import Prediction, predict
+
+PER_CLASS = 100
+SHOWN = 4
+
+
+def demo(
+    out: str | os.PathLike[str] = "runs/demo", *, track: Track = lambda pictures, total: pictures
+) -> tuple[training.Run, list[Prediction]]:
+    """A classifier of handwritten digits, trained and measured offline, and a few of its predictions.
+
+    The pictures are written below `out` as PNG files in class folders, the run beside them.
+
+    Args:
+        out: the folder; one from before is used again.
+        track: wraps the pictures to show progress; called with them and their number.
+    """
+    pictures = write_digits(Path(out) / "digits")
+    run_folder = Path(out) / "run"
+    number = 1
+    while (run_folder / "metrics.json").exists():
+        number += 1
+        run_folder = Path(out) / f"run-{number}"
+    run = training.train(pictures, run_folder, track=track)
+    assert run is not None  # the folder is a new one
+    sources = run.evaluation.sources
+    shown = [pictures / sources[i] for i in np.linspace(0, len(sources) - 1, SHOWN).astype(int)]
+    return run, list(predict(run.classifier, shown))
+
+
+def write_digits(folder: Path) -> Path:
+    """Write scikit-learn's handwritten digits (Alpaydin and Kaynak, 1998; UCI) as class folders of PNG files.
+
+    100 of each, 8 x 8 pixels enlarged to 32 x 32, dark on light.
+    """
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    for digit in range(10):
+        (folder / str(digit)).mkdir(parents=True, exist_ok=True)
+        for number, values in enumerate(digits.images[digits.target == digit][:PER_CLASS]):
+            grey = Image.fromarray((255 - values * (255 / 16)).round().astype(np.uint8))
+            grey.resize((32, 32), Image.Resampling.BICUBIC).save(folder / str(digit) / f"{number:03}.png")
+    return folder

@@ -1,0 +1,350 @@
+"""Heads: the small last layers fitted on cached features, and how they are fitted.
+
+A fitted head is always an `nn.Module` from features (n, dim) to logits (n, classes). Logistic regression, linear SVM
+and class means fold into one `nn.Linear`, their scaling included; kNN is a module with buffers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from headstart.metrics import find_temperature
+
+KINDS = ("logistic", "svm", "means", "knn")
+# Strengths are tuned on at most so many pictures: more move the choice little and cost much.
+TUNING_PICTURES = 10_000
+
+
+class NearestNeighbours(nn.Module):
+    """k nearest neighbours by cosine: the logits are logarithms of Laplace-smoothed votes.
+
+    Args:
+        vectors: training features, (m, dim), scaled and of unit length.
+        labels: their classes, (m,).
+        mean: what is taken from features before comparing, (dim,).
+        scale: what they are then divided by, (dim,).
+        classes: the number of classes.
+        k: how many neighbours vote.
+    """
+
+    vectors: Tensor
+    labels: Tensor
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, vectors: Tensor, labels: Tensor, mean: Tensor, scale: Tensor, classes: int, k: int) -> None:
+        super().__init__()
+        self.classes, self.k = classes, k
+        for name, value in (("vectors", vectors), ("labels", labels), ("mean", mean), ("scale", scale)):
+            self.register_buffer(name, value)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits (n, classes) of features (n, dim)."""
+        queries = nn.functional.normalize((features - self.mean) / self.scale, dim=1)
+        nearest = (queries @ self.vectors.T).topk(self.k, dim=1).indices
+        return _vote(self.labels[nearest], self.classes, [self.k])[0]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A head with one hyper-parameter, as cross-validation found it."""
+
+    kind: str
+    strength: float  # regularisation (logistic, svm), shrinkage (means), or number of neighbours (knn)
+    log_loss: float  # out of fold, after the temperature
+    accuracy: float  # out of fold; with several labels a picture, over pictures and labels
+
+
+@dataclass(frozen=True, eq=False)
+class FittedHead:
+    """The best head, fitted on all pictures, and what cross-validation gave for it."""
+
+    module: nn.Module
+    kind: str
+    strength: float
+    logits: NDArray[np.float32]  # out of fold, (m, classes)
+    rows: NDArray[np.int64]  # the m pictures they are of
+    temperature: float
+    candidates: tuple[Candidate, ...]  # the best of each kind, best first
+
+
+@dataclass(frozen=True, eq=False)
+class _Problem:
+    """Scaled features, targets and folds.
+
+    All folds are solved as one problem, and one more beside them that holds nothing out: its solution is the head on
+    all pictures, and one matrix product serves them all.
+    """
+
+    x: Tensor  # (n, dim)
+    y: Tensor  # (n,) class numbers, or (n, classes) of 0 and 1
+    fold: Tensor  # (n,), -1 where a picture is never held out
+    classes: int
+
+    @property
+    def multi(self) -> bool:
+        return self.y.ndim == 2
+
+    @property
+    def folds(self) -> int:
+        return int(self.fold.max()) + 1
+
+    def trains(self) -> Tensor:
+        """(n, folds + 1): True where a picture is fitted on."""
+        return self.fold[:, None] != torch.arange(self.folds + 1)
+
+    def held_out(self, logits: Tensor) -> NDArray[np.float32]:
+        """Of logits (n, folds + 1, classes), each picture's from the fold that has not seen it."""
+        picked: NDArray[np.float32] = logits[torch.arange(len(logits)), self.fold].numpy()
+        return picked
+
+
+@dataclass(frozen=True, eq=False)
+class _Trial:
+    """One head with one strength: what it gave out of fold, and its weights (dim + 1, classes) on all pictures."""
+
+    candidate: Candidate
+    logits: NDArray[np.float32]
+    weights: Tensor | None
+
+
+def fit_head(
+    features: NDArray[np.float32],
+    targets: NDArray[np.int64] | NDArray[np.bool_],
+    folds: Sequence[int],
+    classes: int,
+    kinds: Sequence[str] = KINDS,
+) -> FittedHead:
+    """The head with the least cross-validated log-loss after its temperature, fitted on all pictures.
+
+    Args:
+        features: (n, dim).
+        targets: class numbers (n,), or with several labels a picture, booleans (n, classes).
+        folds: each picture's fold of the cross-validation, from 0; -1 leaves a picture out of the tuning.
+        classes: the number of classes.
+        kinds: which heads compete, of `KINDS`; with several labels a picture, logistic regression alone.
+    """
+    mean, scale = _moments(features)
+    fold, y = torch.tensor(folds), torch.from_numpy(np.asarray(targets))
+    tuned = (fold >= 0).nonzero()[:, 0]
+    problem, basis = _rotate(_Problem(_scaled(features, tuned, mean, scale), y[tuned], fold[tuned], classes))
+    trials = {kind: _TUNERS[kind](problem) for kind in (("logistic",) if problem.multi else kinds)}
+    kind = min(trials, key=lambda name: trials[name].candidate.log_loss)
+    best, strength = trials[kind], trials[kind].candidate.strength
+    module: nn.Module
+    if kind == "knn":
+        vectors = nn.functional.normalize(_scaled(features, torch.arange(len(y)), mean, scale), dim=1)
+        module = NearestNeighbours(vectors, y, torch.from_numpy(mean), torch.from_numpy(scale), classes, int(strength))
+    else:
+        weights = best.weights
+        assert weights is not None
+        if basis is not None:
+            weights = torch.cat((basis @ weights[:-1], weights[-1:]))
+        if len(tuned) < len(y):
+            whole = _Problem(
+                _scaled(features, torch.arange(len(y)), mean, scale), y, torch.full_like(fold, -1), classes
+            )
+            weights = _SOLVERS[kind](whole, strength, weights[:, None])[:, -1]
+        module = _fold_scaling(weights, mean, scale)
+    temperature, _ = find_temperature(best.logits, problem.y.numpy(), problem.multi)
+    candidates = tuple(sorted((trial.candidate for trial in trials.values()), key=lambda c: c.log_loss))
+    return FittedHead(module.eval(), kind, strength, best.logits, tuned.numpy(), temperature, candidates)
+
+
+def _moments(features: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Mean and standard deviation of each feature; 1 for one that does not vary."""
+    mean = features.mean(0, dtype=np.float64)
+    square = np.einsum("nd,nd->d", features, features, dtype=np.float64) / len(features)
+    deviation = np.sqrt(np.maximum(square - mean**2, 0.0))
+    deviation[deviation < 1e-6 * (np.abs(mean) + 1e-6)] = 1.0
+    return mean.astype(np.float32), deviation.astype(np.float32)
+
+
+def _scaled(
+    features: NDArray[np.float32], rows: Tensor, mean: NDArray[np.float32], scale: NDArray[np.float32]
+) -> Tensor:
+    whole = torch.from_numpy(features)
+    part = whole if len(rows) == len(whole) else whole[rows]
+    return (part - torch.from_numpy(mean)).div_(torch.from_numpy(scale))
+
+
+def _rotate(problem: _Problem) -> tuple[_Problem, Tensor | None]:
+    """With fewer pictures than features, the same problem in the pictures' own span, and the basis to come back.
+
+    Nothing is lost: an L2-penalised solution lies in that span (the representer theorem).
+    """
+    n, dim = problem.x.shape
+    if n >= dim:
+        return problem, None
+    left, size, basis = torch.linalg.svd(problem.x, full_matrices=False)
+    return _Problem(left * size, problem.y, problem.fold, problem.classes), basis.T
+
+
+def _fold_scaling(weights: Tensor, mean: NDArray[np.float32], scale: NDArray[np.float32]) -> nn.Linear:
+    """Weights (dim + 1, classes) on scaled features as a linear layer on features."""
+    matrix = (weights[:-1] / torch.from_numpy(scale)[:, None]).T.contiguous()
+    module = nn.Linear(matrix.shape[1], matrix.shape[0])
+    module.weight = nn.Parameter(matrix, requires_grad=False)
+    module.bias = nn.Parameter(weights[-1] - matrix @ torch.from_numpy(mean), requires_grad=False)
+    return module
+
+
+# Linear heads: a convex loss and an L2 penalty, by L-BFGS
+
+Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # logits (n, f, classes), y -> losses (n, f), gradient
+
+
+def _cross_entropy(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    probabilities = logits.softmax(2)
+    own = y[:, None, None].expand(-1, logits.shape[1], 1)
+    losses = logits.logsumexp(2) - logits.gather(2, own)[..., 0]
+    return losses, probabilities.scatter_add(2, own, torch.full(own.shape, -1.0))
+
+
+def _squared_hinge(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    sign = nn.functional.one_hot(y, logits.shape[2]).mul(2).sub(1)[:, None, :]
+    slack = (1 - sign * logits).clamp_min(0)
+    return slack.square().sum(2), -2 * sign * slack
+
+
+def _binary_cross_entropy(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    truth = y[:, None, :].float()
+    return (nn.functional.softplus(logits) - truth * logits).sum(2), logits.sigmoid() - truth
+
+
+def _minimise(problem: _Problem, loss: Loss, strength: float, start: Tensor | None) -> Tensor:
+    """Weights (dim + 1, folds + 1, classes), bias last, that minimise mean loss + strength / 2 x squared weights."""
+    from scipy.optimize import minimize
+    from threadpoolctl import threadpool_limits
+
+    share = problem.trains().float()
+    share /= share.sum(0)
+    dim, parts = problem.x.shape[1], share.shape[1]
+    shape = (dim + 1, parts, problem.classes)
+
+    def objective(flat: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        weights = torch.from_numpy(flat).float().view(dim + 1, -1)
+        logits = torch.addmm(weights[-1], problem.x, weights[:-1]).view(-1, parts, problem.classes)
+        losses, slope = loss(logits, problem.y)
+        slope = (slope * share[:, :, None]).view(len(slope), -1)
+        gradient = torch.empty_like(weights)
+        torch.mm(problem.x.T, slope, out=gradient[:-1]).add_(weights[:-1], alpha=strength)
+        gradient[-1] = slope.sum(0)
+        value = (losses * share).sum().item() + strength / 2 * weights[:-1].square().sum().item()
+        return value, gradient.view(-1).double().numpy()
+
+    first = torch.zeros(shape) if start is None else start.expand(shape)
+    options = {"maxiter": 300, "maxcor": 12, "ftol": 1e-6, "gtol": 1e-6}
+    # scipy's own threads, waiting busily for work, would take the cores from torch's: 13 times slower, measured.
+    with threadpool_limits(1, user_api="blas"):
+        found = minimize(objective, first.reshape(-1).double().numpy(), jac=True, method="L-BFGS-B", options=options)
+    return torch.from_numpy(found.x).float().view(shape)
+
+
+def _solve_logistic(problem: _Problem, strength: float, start: Tensor | None = None) -> Tensor:
+    return _minimise(problem, _binary_cross_entropy if problem.multi else _cross_entropy, strength, start)
+
+
+def _solve_svm(problem: _Problem, strength: float, start: Tensor | None = None) -> Tensor:
+    return _minimise(problem, _squared_hinge, strength, start)
+
+
+def _solve_means(problem: _Problem, strength: float, start: Tensor | None = None) -> Tensor:
+    """Class means compared under the covariance within classes, shrunk by `strength` towards a multiple of one.
+
+    Strength 1 is the nearest class mean; near 0, linear discriminant analysis with equal priors (Friedman, 1989).
+    """
+    weights = torch.zeros(problem.x.shape[1] + 1, problem.folds + 1, problem.classes)
+    for part, trained in enumerate(problem.trains().T):
+        x, y = problem.x[trained], problem.y[trained]
+        counts = torch.bincount(y, minlength=problem.classes)
+        means = torch.zeros(problem.classes, x.shape[1]).index_add_(0, y, x) / counts.clamp_min(1)[:, None]
+        centred = x - means[y]
+        covariance = centred.T @ centred / len(x)
+        level = covariance.diagonal().mean().clamp_min(1e-12)
+        covariance.mul_(1 - strength).diagonal().add_(strength * level)
+        solved = torch.linalg.solve(covariance, means.T)
+        weights[:-1, part] = solved
+        weights[-1, part] = torch.where(counts > 0, -0.5 * (means.T * solved).sum(0), -1e4)
+    return weights
+
+
+_SOLVERS = {"logistic": _solve_logistic, "svm": _solve_svm, "means": _solve_means}
+
+
+def _tune_linear(kind: str, grid: Sequence[float], first: int) -> Callable[[_Problem], _Trial]:
+    """A function that walks downhill on a grid of strengths, each solution starting where its neighbour ended."""
+
+    def tune(problem: _Problem) -> _Trial:
+        trials: dict[int, _Trial] = {}
+        solutions: dict[int, Tensor] = {}
+
+        def loss_at(place: int) -> float:
+            if not 0 <= place < len(grid):
+                return math.inf
+            if place not in trials:
+                start = solutions[min(solutions, key=lambda known: abs(known - place))] if solutions else None
+                solutions[place] = _SOLVERS[kind](problem, grid[place], start)
+                logits = torch.tensordot(problem.x, solutions[place][:-1], 1) + solutions[place][-1]
+                trials[place] = _judge(problem, kind, grid[place], problem.held_out(logits), solutions[place][:, -1])
+            return trials[place].candidate.log_loss
+
+        here = first
+        step = -1 if loss_at(here - 1) < loss_at(here) else 1
+        while loss_at(here + step) < loss_at(here):
+            here += step
+        return trials[here]
+
+    return tune
+
+
+def _judge(
+    problem: _Problem, kind: str, strength: float, logits: NDArray[np.float32], weights: Tensor | None
+) -> _Trial:
+    y = problem.y.numpy()
+    _, log_loss = find_temperature(logits, y, problem.multi)
+    right = (logits > 0) == y if problem.multi else logits.argmax(1) == y
+    return _Trial(Candidate(kind, strength, log_loss, float(right.mean())), logits, weights)
+
+
+def _tune_knn(problem: _Problem) -> _Trial:
+    """The number of neighbours: all of them from one search."""
+    smallest = int(problem.trains().sum(0).min())
+    numbers = [k for k in (1, 3, 5, 9, 15, 25, 51) if k <= smallest]
+    x = nn.functional.normalize(problem.x, dim=1)
+    votes: list[list[Tensor]] = []
+    for rows in torch.split(torch.arange(len(x)), 1024):
+        likeness = x[rows] @ x.T
+        likeness[problem.fold[rows][:, None] == problem.fold] = -math.inf
+        nearest = likeness.topk(numbers[-1], dim=1).indices
+        votes.append(_vote(problem.y[nearest], problem.classes, numbers))
+    logits = [torch.cat(chunks).numpy() for chunks in zip(*votes, strict=True)]
+    trials = [_judge(problem, "knn", k, found, None) for k, found in zip(numbers, logits, strict=True)]
+    return min(trials, key=lambda trial: trial.candidate.log_loss)
+
+
+def _vote(labels: Tensor, classes: int, numbers: Sequence[int]) -> list[Tensor]:
+    """For each k, log((votes of the k nearest + 1) / (k + classes)), (n, classes), of neighbours' labels (n, most)."""
+    results, counts, seen = [], torch.zeros(len(labels), classes), 0
+    for k in numbers:
+        more = labels[:, seen:k]
+        counts = counts.scatter_add(1, more, torch.ones(more.shape))
+        results.append(torch.log((counts + 1) / (k + classes)))
+        seen = k
+    return results
+
+
+_HALF_DECADES = [10 ** (exponent / 2) for exponent in range(-10, 7)]  # 1e-5 to 1e3
+_TUNERS: dict[str, Callable[[_Problem], _Trial]] = {
+    "logistic": _tune_linear("logistic", _HALF_DECADES, 9),
+    "svm": _tune_linear("svm", _HALF_DECADES, 11),
+    "means": _tune_linear("means", [0.003, 0.01, 0.03, 0.1, 0.3, 0.6, 1.0], 5),
+    "knn": _tune_knn,
+}

@@ -1,0 +1,148 @@
+"""The only maker of batches: threads read, decode and run pictures ahead of whoever asks, and hand them on in order."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headstart.errors import UnreadableImage
+from headstart.images import Facts, Limits, Preprocess, describe, open_image, read_bytes
+
+# Enough for about 600 pictures of 224 pixels: what two cores decode while torch and timm are imported.
+LOOK_AHEAD_BYTES = 96 * 2**20
+BATCH_SIZE = 8  # a batch's activations then stay in the processor's cache; larger ones are slower on CPUs
+
+Compute = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture as its threads left it: facts and vector where they were asked for, or why it could not be read."""
+
+    index: int
+    digest: str = ""  # SHA-256 of the file's content
+    pixels: NDArray[np.uint8] | None = None
+    vector: NDArray[np.float32] | None = None
+    facts: Facts | None = None
+    error: str = ""
+    decode_seconds: float = 0.0
+    compute_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be made of each picture; what is known by its content's digest already is not made again."""
+
+    preprocess: Preprocess
+    limits: Limits = Limits()
+    facts: bool = False
+    known_pixels: Container[str] = frozenset()
+    known_facts: Container[str] = frozenset()
+
+
+def process(
+    paths: Sequence[str | os.PathLike[str]], wanted: Wanted, make_compute: Callable[[], Compute]
+) -> Generator[Picture, None, None]:
+    """Pictures with what `compute` makes of their pixels, in the order of their paths.
+
+    Reading and decoding begins at the call. `make_compute` is called here, in the caller's thread, when the first
+    picture needs it: building a network takes as long as decoding hundreds of pictures. Each thread then decodes or
+    computes, on one core: that is faster than computing on all cores while others decode. How far the threads run
+    ahead is bounded in bytes. A picture that cannot be read comes with its reason, in its place.
+
+    Args:
+        paths: the picture files.
+        wanted: what to make of them.
+        make_compute: gives the function from pixels (n, size, size, 3) to rows (n, ...); it must allow threads.
+    """
+    size, workers = wanted.preprocess.size, count_cpus()
+    window = max(4 * BATCH_SIZE, LOOK_AHEAD_BYTES // (3 * size * size))
+    executor = ThreadPoolExecutor(workers, thread_name_prefix="headstart")
+    decoding: deque[Future[Picture]] = deque()
+    coming = iter(enumerate(paths))
+
+    def submit(count: int) -> None:
+        for _, (index, path) in zip(range(count), coming, strict=False):
+            decoding.append(executor.submit(_read, index, path, wanted))
+
+    def decoded() -> Iterator[Picture]:
+        while decoding:
+            picture = decoding.popleft().result()
+            submit(1)
+            yield picture
+
+    def give() -> Generator[Picture, None, None]:
+        computing: deque[Future[list[Picture]]] = deque()
+        compute: Compute | None = None
+        try:
+            for batch in batches(decoded()):
+                if compute is None and any(picture.pixels is not None for picture in batch):
+                    compute = make_compute()
+                computing.append(executor.submit(_run, compute, batch))
+                if len(computing) > 2 * workers:
+                    yield from computing.popleft().result()
+            while computing:
+                yield from computing.popleft().result()
+        finally:
+            executor.shutdown(wait=True, cancel_futures=True)
+
+    submit(window)
+    return give()
+
+
+def batches(stream: Iterable[Picture], size: int = BATCH_SIZE) -> Iterator[list[Picture]]:
+    """The pictures in lists of `size`, the last one shorter."""
+    batch: list[Picture] = []
+    for picture in stream:
+        batch.append(picture)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def count_cpus() -> int:
+    """The processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _read(index: int, path: str | os.PathLike[str], wanted: Wanted) -> Picture:
+    digest, start = "", time.perf_counter()
+    try:
+        content = read_bytes(path, wanted.limits)
+        digest = hashlib.sha256(content).hexdigest()
+        needs_pixels = digest not in wanted.known_pixels
+        needs_facts = wanted.facts and digest not in wanted.known_facts
+        pixels: NDArray[Any] | None = None
+        facts = None
+        if needs_pixels or needs_facts:
+            image = open_image(content, wanted.limits, Path(path))
+            pixels = wanted.preprocess.apply(image) if needs_pixels else None
+            facts = describe(image) if needs_facts else None
+        return Picture(index, digest, pixels, None, facts, decode_seconds=time.perf_counter() - start)
+    except UnreadableImage as error:
+        return Picture(index, digest, error=error.why)
+
+
+def _run(compute: Compute | None, batch: list[Picture]) -> list[Picture]:
+    new = [position for position, picture in enumerate(batch) if picture.pixels is not None]
+    if compute is None or not new:
+        return batch
+    start = time.perf_counter()
+    rows = compute(np.stack([picture.pixels for picture in batch if picture.pixels is not None]))
+    seconds = (time.perf_counter() - start) / len(new)
+    for position, row in zip(new, rows, strict=True):
+        batch[position] = dataclasses.replace(batch[position], pixels=None, vector=row, compute_seconds=seconds)
+    return batch

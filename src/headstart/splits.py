@@ -1,0 +1,114 @@
+"""Who learns from which picture: roles and folds, stratified and grouped, the same for a seed on any machine."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from headstart.data import Dataset, Role, Sample
+
+COLUMNS = ("source", "label", "group", "role")
+
+
+def assign_roles(dataset: Dataset, groups: Mapping[str, str], report_share: float, seed: int) -> Dataset:
+    """The data set with every picture in `fit` or `report`; given roles stay.
+
+    A class of two or more pictures has at least one in each role; a class with one trains.
+
+    Args:
+        dataset: single-label or multi-label.
+        groups: source -> name of the group that must not part; pictures that are not named stand alone.
+        report_share: the share of each class that goes to `report`.
+        seed: the same seed gives the same split on any machine.
+    """
+    if dataset.has_roles:
+        return dataset
+    shares = (1.0 - report_share, report_share)
+    parts = _deal(dataset.samples, groups, shares, seed, at_least_one=True)
+    roles: tuple[Role, Role] = ("fit", "report")
+    return dataset.with_samples(
+        dataclasses.replace(sample, role=roles[part]) for sample, part in zip(dataset.samples, parts, strict=True)
+    )
+
+
+def assign_folds(samples: Sequence[Sample], groups: Mapping[str, str], folds: int, seed: int) -> list[int]:
+    """The cross-validation fold of each sample, 0 to folds - 1, stratified and grouped."""
+    return _deal(samples, groups, (1.0 / folds,) * folds, seed, at_least_one=False)
+
+
+def count_folds(samples: Sequence[Sample], groups: Mapping[str, str], wanted: int) -> int:
+    """As many folds as wanted, fewer where a class has fewer pictures or groups, at least two."""
+    units: defaultdict[str, set[str]] = defaultdict(set)
+    for sample in samples:
+        for label in sample.labels:
+            units[label].add(groups.get(sample.source, sample.source))
+    several = [len(members) for members in units.values() if len(members) > 1]
+    return max(2, min([wanted, *several]))
+
+
+def _deal(
+    samples: Sequence[Sample],
+    groups: Mapping[str, str],
+    shares: Sequence[float],
+    seed: int,
+    at_least_one: bool,
+) -> list[int]:
+    """The part of each sample, by iterative stratification (Sechidis, Tsoumakas and Vlahavas, 2011) of whole groups.
+
+    The rarest label is dealt first, each group to the part that still lacks most of that label. Order comes from a
+    hash of seed and name, so neither the file system's order nor a random generator's version matters.
+    """
+    units: defaultdict[str, list[int]] = defaultdict(list)
+    for index, sample in enumerate(samples):
+        units[groups.get(sample.source, "\0" + sample.source)].append(index)
+    order = sorted(units, key=lambda name: hashlib.sha256(f"{seed}\0{name}".encode("utf-8", "surrogatepass")).digest())
+    contents = {name: Counter(label for i in units[name] for label in samples[i].labels or ("",)) for name in order}
+    totals: Counter[str] = sum(contents.values(), Counter())
+    lacks = {label: [share * total for share in shares] for label, total in totals.items()}
+    if at_least_one:
+        _reserve(lacks, contents)
+    room = [share * len(samples) for share in shares]
+    parts = [0] * len(samples)
+    by_label: defaultdict[str, list[str]] = defaultdict(list)
+    for name in order:
+        by_label[min(contents[name], key=lambda label: (totals[label], label))].append(name)
+    for label in sorted(by_label, key=lambda label: (totals[label], label)):
+        # Large groups first: small ones then fill the gaps.
+        for name in sorted(by_label[label], key=lambda name: -len(units[name])):
+            part = max(range(len(shares)), key=lambda p: (round(lacks[label][p], 9), round(room[p], 9), -p))
+            for index in units[name]:
+                parts[index] = part
+            room[part] -= len(units[name])
+            for other, count in contents[name].items():
+                lacks[other][part] -= count
+    return parts
+
+
+def _reserve(lacks: dict[str, list[float]], contents: Mapping[str, Counter[str]]) -> None:
+    """Give every label that has two groups or more at least one picture in the smallest part."""
+    groups_with = Counter(label for content in contents.values() for label in content)
+    for label, wanted in lacks.items():
+        smallest = min(range(len(wanted)), key=wanted.__getitem__)
+        if groups_with[label] > 1 and wanted[smallest] < 1.0:
+            total = sum(wanted)
+            wanted[:] = [(total - 1.0) * w / (total - wanted[smallest]) for w in wanted]
+            wanted[smallest] = 1.0
+
+
+def write_split(dataset: Dataset, path: Path) -> None:
+    """Write `split.csv`: source, label, group, role; several labels are joined by |."""
+    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        for sample in dataset.samples:
+            writer.writerow((sample.source, "|".join(sample.labels), sample.group, sample.role))
+
+
+def read_split(path: Path) -> dict[str, Role]:
+    """Source -> role of a `split.csv`."""
+    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        return {row["source"]: row["role"] for row in csv.DictReader(file)}  # type: ignore[misc]
