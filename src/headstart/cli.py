@@ -36,6 +36,7 @@ app = App(
     help_format="plaintext",
 )
 Table = Literal["table", "json", "csv"]
+NAMED = 10  # pictures that a summary names
 
 
 def _flags(*sections: str) -> type:
@@ -362,7 +363,11 @@ def _lines(items: Iterable[Picture], total: int) -> Iterator[Picture]:
 def _summary(run: Run, data: str) -> str:
     audit, result, head = run.audit, run.evaluation, run.classifier.provenance["head"]
     counts = audit.to_json()["counts"]
-    lines = [
+    unreadable = [finding.message for finding in audit.findings if finding.kind == "unreadable"]
+    lines = [f"left out: {_shown(message)}" for message in unreadable[:NAMED]]
+    if len(unreadable) > NAMED:
+        lines.append(f"left out: {len(unreadable) - NAMED} more, named in audit.json")
+    lines += [
         f"{len(audit.clean.samples)} pictures, {len(run.classifier.classes)} classes; "
         f"{len(result.sources)} kept for the report",
         f"audit: {counts['error']} errors, {counts['warning']} warnings, {counts['note']} notes",

@@ -179,13 +179,15 @@ def is_picture(path: Path) -> tuple[bool, str]:
         return broken, "" if broken else "not a regular file"
     if path.suffix.lower() in PICTURES:
         return True, ""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(path):
             return True, ""
+    except UnidentifiedImageError:
+        return False, "not a picture in a known format"
     except Exception as error:  # Pillow's readers raise whatever a broken header leads them to
-        return False, f"not a picture ({type(error).__name__})"
+        return False, f"not a picture ({' '.join(str(error).split()) or type(error).__name__})"
 
 
 def fingerprint(root: Path, samples: Iterable[Sample]) -> str:

@@ -105,10 +105,10 @@ def open_image(
         raise
     # A damaged file leads Pillow's readers to any exception: struct.error, KeyError, RecursionError, MemoryError...
     except Exception as error:
-        why = " ".join(str(error).split()).replace("<_io.BytesIO object at", "content at") or type(error).__name__
+        why = f"cannot be decoded ({' '.join(str(error).split()) or type(error).__name__})"
         if isinstance(error, UnidentifiedImageError):
             why = "is not a picture in a known format"
-        raise UnreadableImage(name, f"cannot be decoded ({why})", "Replace it or leave it out.") from error
+        raise UnreadableImage(name, why, "Replace it or leave it out.") from error
 
 
 def _check_size(image: Image.Image, limits: Limits, name: str | os.PathLike[str]) -> None:

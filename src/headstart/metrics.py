@@ -295,7 +295,8 @@ def _count_by(weights: Floats, numbers: NDArray[np.int64], classes: int) -> Floa
 
 
 def _mean(weights: Floats, values: Floats) -> Floats:
-    return (weights @ values) / weights.sum(1)
+    mean: Floats = (weights @ values) / weights.sum(1)
+    return mean
 
 
 def _ratio(numerator: Floats, denominator: Floats, empty: float = math.nan) -> Floats:

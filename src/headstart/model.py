@@ -23,6 +23,7 @@ from headstart import config as configs
 from headstart.backbones import Backbone, Spec
 from headstart.data import Task, find_pictures
 from headstart.errors import CorruptModel, DataError, ForeignModel, HeadstartError, ModelFileError, NewerModel
+from headstart.files import write_whole
 from headstart.heads import NearestNeighbours
 from headstart.images import Limits, Preprocess
 from headstart.loading import Picture, Wanted
@@ -183,19 +184,6 @@ class Classifier:
         content = save({name: t.contiguous() for name, t in tensors.items()}, {"headstart": json.dumps(described)})
         seal = hashlib.sha256(content).hexdigest().encode()
         write_whole(Path(path), content.replace(_UNSEALED.encode(), seal, 1))
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all, whatever happens."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def load(path: str | os.PathLike[str]) -> Classifier:

@@ -152,11 +152,9 @@ def _count_bits(words: NDArray[np.uint64]) -> NDArray[np.int64]:
     return bits
 
 
-def _group(
-    samples: Sequence[Sample], pairs: Iterable[tuple[int, int]]
-) -> tuple[dict[str, str], list[tuple[Sample, ...]]]:
-    """(source -> group of more than one picture, the groups too large to be kept together)."""
-    parent = list(range(len(samples)))
+def _components(count: int, pairs: Iterable[tuple[int, int]]) -> list[list[int]]:
+    """The sets of two or more that pairs hang together, each ascending."""
+    parent = list(range(count))
 
     def find(index: int) -> int:
         while parent[index] != index:
@@ -164,20 +162,28 @@ def _group(
             index = parent[index]
         return index
 
+    for a, b in pairs:
+        one, two = find(a), find(b)
+        parent[max(one, two)] = min(one, two)
+    members: defaultdict[int, list[int]] = defaultdict(list)
+    for index in range(count):
+        members[find(index)].append(index)
+    return [group for group in members.values() if len(group) > 1]
+
+
+def _group(
+    samples: Sequence[Sample], pairs: Iterable[tuple[int, int]]
+) -> tuple[dict[str, str], list[tuple[Sample, ...]]]:
+    """(source -> group of more than one picture, the groups too large to be kept together)."""
     first_of: dict[str, int] = {}
     given = [(first_of.setdefault(s.group, i), i) for i, s in enumerate(samples) if s.group]
-    for a, b in [*pairs, *given]:
-        parent[max(find(a), find(b))] = min(find(a), find(b))
-    members: defaultdict[int, list[int]] = defaultdict(list)
-    for index in range(len(samples)):
-        members[find(index)].append(index)
     groups: dict[str, str] = {}
     too_large = []
-    for root, group in members.items():
+    for group in _components(len(samples), [*pairs, *given]):
         if len(group) > max(2, LARGEST_GROUP_SHARE * len(samples)):
             too_large.append(tuple(samples[index] for index in group))
-        elif len(group) > 1:
-            groups.update((samples[index].source, samples[root].source) for index in group)
+        else:
+            groups.update((samples[index].source, samples[group[0]].source) for index in group)
     return groups, too_large
 
 
@@ -189,25 +195,25 @@ def _unreadable_findings(unreadable: dict[str, str]) -> Iterable[Finding]:
 def _duplicate_findings(
     samples: Sequence[Sample], pairs: Sequence[tuple[int, int]], digests: Sequence[str]
 ) -> Iterable[Finding]:
-    """One finding a pair: across roles (a leak) and across classes (a wrong label) are worse than within a class."""
-    for a, b in pairs:
-        one, two = samples[a], samples[b]
-        exact = "the same file" if digests[a] == digests[b] else "nearly the same picture"
-        both = (one.source, two.source)
-        if one.labels != two.labels:
-            message = f"{one.source} and {two.source} are {exact}, with labels {_names(one)} and {_names(two)}"
-            yield Finding("duplicate with another label", "warning", message, "Correct one label.", both)
-        if one.role != two.role:
-            message = f"{one.source} ({one.role}) and {two.source} ({two.role}) are {exact}"
-            yield Finding("leak", "warning", message, "Take one away: the result flatters.", both)
-        elif one.labels == two.labels:
+    """One finding for each set of duplicates: across roles (a leak) or classes (a wrong label) is worse than within."""
+    for group in _components(len(samples), pairs):
+        members = [samples[index] for index in group]
+        sources = tuple(member.source for member in members)
+        exact = "the same file" if len({digests[index] for index in group}) == 1 else "nearly the same picture"
+        many_labels = len({member.labels for member in members}) > 1
+        many_roles = len({member.role for member in members}) > 1
+        if many_labels:
+            shown = ", ".join(f"{member.source} ({'|'.join(member.labels) or 'none'})" for member in members)
             yield Finding(
-                "duplicate", "note", f"{one.source} and {two.source} are {exact}", "One of them is enough.", both
+                "duplicate with another label", "warning", f"{exact}: {shown}", "Correct the labels.", sources
             )
-
-
-def _names(sample: Sample) -> str:
-    return "|".join(sample.labels) or "(none)"
+        if many_roles:
+            shown = ", ".join(f"{member.source} ({member.role})" for member in members)
+            yield Finding(
+                "leak", "warning", f"{exact}: {shown}", "Keep them in one role: the result flatters.", sources
+            )
+        if not many_labels and not many_roles:
+            yield Finding("duplicate", "note", f"{exact}: {', '.join(sources)}", "One of them is enough.", sources)
 
 
 def _group_findings(too_large: Iterable[tuple[Sample, ...]]) -> Iterable[Finding]:

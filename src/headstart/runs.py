@@ -14,7 +14,7 @@ from headstart import config as configs
 from headstart.config import RunConfig
 from headstart.data import Dataset
 from headstart.errors import ConfigError, RunError
-from headstart.model import write_whole
+from headstart.files import write_whole
 
 LOCK = ".lock"
 # Settings that change how fast a result comes, not what it is.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import re
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from headstart.errors import WeightsError
+from headstart.files import digest
 
 if TYPE_CHECKING:
     import torch
@@ -103,17 +103,6 @@ def _download(address: str, target: Path) -> Path:
     finally:
         partial.unlink(missing_ok=True)
     return target
-
-
-def digest(file: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with file.open("rb") as opened:
-        if hasattr(hashlib, "file_digest"):
-            return hashlib.file_digest(opened, "sha256").hexdigest()
-        running = hashlib.sha256()
-        while block := opened.read(2**20):
-            running.update(block)
-        return running.hexdigest()
 
 
 def read(file: Path) -> dict[str, torch.Tensor]:

@@ -1,0 +1,31 @@
+"""Files: written whole or not at all, and told apart by their content."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or not at all, whatever happens."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def digest(file: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with file.open("rb") as opened:
+        if hasattr(hashlib, "file_digest"):
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+        running = hashlib.sha256()
+        while block := opened.read(2**20):
+            running.update(block)
+        return running.hexdigest()
