@@ -26,17 +26,17 @@ def draw_picture(seed: int) -> bytes:
     """
     random = np.random.default_rng(seed)
     picture = Image.new("RGB", SIZE, "grey")
-    for cells in (3, 8, 24, 80):
+    for cells, weight in ((4, 0.9), (8, 0.4), (24, 0.25), (80, 0.15)):
         grid = random.integers(0, 256, (cells * 3 // 4, cells, 3), dtype=np.uint8)
-        picture = Image.blend(picture, Image.fromarray(grid).resize(SIZE, Image.Resampling.BICUBIC), 0.4)
+        picture = Image.blend(picture, Image.fromarray(grid).resize(SIZE, Image.Resampling.BICUBIC), weight)
     pen = ImageDraw.Draw(picture)
     for number in range(8):
         x, y = (int(random.integers(-40, side)) for side in SIZE)
         width, height = (int(side) for side in random.integers(20, 160, 2))
         draw = pen.ellipse if (seed + (number == 0)) % len(CLASSES) == 0 else pen.rectangle
         draw((x, y, x + width, y + height), fill=tuple(int(value) for value in random.integers(0, 256, 3)))
-    grain = random.integers(0, 28, (SIZE[1], SIZE[0], 3), dtype=np.uint8)
-    picture = ImageChops.add(picture, Image.fromarray(grain), offset=-14)
+    grain = random.integers(0, 32, (SIZE[1], SIZE[0], 3), dtype=np.uint8)
+    picture = ImageChops.add(picture, Image.fromarray(grain), offset=-16)
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=90)
     return file.getvalue()

@@ -9,7 +9,19 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "headstart"
 MODULES = sorted(path.stem for path in SOURCE.glob("*.py") if not path.stem.startswith("__"))
-TORCH_FREE = ("errors", "config", "data", "plan", "cli", "images", "weights", "loading", "splits", "quality", "training")
+TORCH_FREE = (
+    "errors",
+    "config",
+    "data",
+    "plan",
+    "cli",
+    "images",
+    "weights",
+    "loading",
+    "splits",
+    "quality",
+    "training",
+)
 
 
 def read_layers() -> dict[str, int]:

@@ -34,9 +34,10 @@ app = App(
     version=__version__,
     version_flags=["--version"],
     help_format="plaintext",
+    suppress_keyboard_interrupt=False,
 )
 Table = Literal["table", "json", "csv"]
-NAMED = 10  # pictures that a summary names
+NAMED = 10  # findings that a summary names
 
 
 def _flags(*sections: str) -> type:
@@ -246,6 +247,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _report(error, words)
 
 
+class _Lines(logging.Handler):
+    """What the modules log, as lines on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _say(_shown(record.getMessage()))
+
+
 class _Terminated(KeyboardInterrupt):
     """SIGTERM, so that it unwinds as an interrupt does."""
 
@@ -259,8 +267,10 @@ def _set_up() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="surrogateescape")  # names that are no text go out as they came in
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    logging.getLogger("headstart").setLevel(logging.INFO)
+    logger = logging.getLogger("headstart")
+    logger.setLevel(logging.INFO)
+    if not any(isinstance(handler, _Lines) for handler in logger.handlers):
+        logger.addHandler(_Lines())
     # Pillow warns of oddities in pictures that it reads all the same.
     import warnings
 
@@ -363,10 +373,10 @@ def _lines(items: Iterable[Picture], total: int) -> Iterator[Picture]:
 def _summary(run: Run, data: str) -> str:
     audit, result, head = run.audit, run.evaluation, run.classifier.provenance["head"]
     counts = audit.to_json()["counts"]
-    unreadable = [finding.message for finding in audit.findings if finding.kind == "unreadable"]
-    lines = [f"left out: {_shown(message)}" for message in unreadable[:NAMED]]
-    if len(unreadable) > NAMED:
-        lines.append(f"left out: {len(unreadable) - NAMED} more, named in audit.json")
+    grave = [finding for finding in audit.findings if finding.severity != "note"]
+    lines = [f"{'left out' if f.kind == 'unreadable' else f.severity}: {_shown(f.message)}" for f in grave[:NAMED]]
+    if len(grave) > NAMED:
+        lines.append(f"... and {len(grave) - NAMED} more, in audit.json")
     lines += [
         f"{len(audit.clean.samples)} pictures, {len(run.classifier.classes)} classes; "
         f"{len(result.sources)} kept for the report",

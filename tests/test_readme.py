@@ -1,0 +1,54 @@
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from headstart import cli, config
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def find_blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+def test_the_python_example_runs_as_it_stands(tmp_path, monkeypatch, capsys, shapes):
+    monkeypatch.chdir(tmp_path)
+    Path("pictures").symlink_to(shapes)
+    (example,) = find_blocks("python")
+    assert len([line for line in example.splitlines() if line.strip()]) <= 15
+    exec(compile(example, "README.md", "exec"), {})
+    out = capsys.readouterr().out
+    assert re.match(r"\d\.\d{3} \[\d\.\d{3}, \d\.\d{3}\] n=6\n", out)
+    assert out.count("circle") >= 12
+
+
+def test_the_commands_shown_run(tmp_path, monkeypatch, capsys, make_shapes):
+    monkeypatch.chdir(tmp_path)
+    make_shapes(Path("pictures"), 12)
+    Path("new").mkdir()
+    (Path("pictures/circle/0.png")).rename("new/1.jpg")
+    (shown,) = find_blocks("console")
+    commands = [line[2:] for line in shown.splitlines() if line.startswith("$ headstart")]
+    assert len(commands) == 3
+    for command in commands:
+        assert cli.main(shlex.split(command)[1:]) == 0
+    assert "new/1.jpg: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
+def test_commands_and_flags_that_documents_name_exist(name):
+    text = (ROOT / name).read_text()
+    verbs = {verb for verb in re.findall(r"headstart ([a-z]+)\b", text) if verb not in ("takes", "is")}
+    assert verbs <= {command for command in cli.app if not command.startswith("-")}
+    flags = {flag.replace("-", "_") for flag in re.findall(r"--([a-z][a-z-]+)", text)}
+    known = {*config.settings(), "out", "config", "resume", "data", "json", "top", "format", "help"}
+    assert flags <= known
+
+
+def test_links_between_documents_lead_somewhere():
+    for document in ROOT.glob("*.md"):
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", document.read_text()):
+            assert (ROOT / target).exists(), f"{document.name}: {target}"
