@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from headstart.backbones import list_models as models
     from headstart.config import RunConfig
-    from headstart.data import Dataset, read
+    from headstart.data import Dataset
     from headstart.demonstration import demo
     from headstart.errors import HeadstartError
     from headstart.model import Classifier, Prediction, load, predict
+    from headstart.reading import read
     from headstart.training import Run, audit, evaluate, train
 
 __version__ = "0.1.0"
@@ -40,7 +41,8 @@ __all__ = [
 _HOMES = {
     **dict.fromkeys(("Classifier", "Prediction", "load", "predict"), "model"),
     **dict.fromkeys(("Run", "audit", "evaluate", "train"), "training"),
-    **dict.fromkeys(("Dataset", "read"), "data"),
+    "Dataset": "data",
+    "read": "reading",
     "RunConfig": "config",
     "HeadstartError": "errors",
     "demo": "demonstration",

@@ -82,7 +82,7 @@ def train(
     """
     from headstart import training
 
-    with _progress("pictures") as track:
+    with _progress() as track:
         run = training.train(data, out, config=config, resume=resume, track=track, **_given(settings))
     if run is None:
         print(f"{_shown(str(out))} holds this run, finished; nothing was changed.")
@@ -112,7 +112,7 @@ def evaluate(
     """
     from headstart import training
 
-    with _progress("pictures") as track:
+    with _progress() as track:
         result = training.evaluate(run, data, track=track, **_given(settings))
     for source, why in result.unreadable.items():
         _say(f"left out: {_shown(source)}: {why}")
@@ -156,7 +156,7 @@ def predict(
     if top is not None and top < 1:
         raise UsageError("--top", f"must be 1 or more, not {top}", "See headstart predict --help.")
     classifier = model.load(run)
-    with _progress("pictures") as track:
+    with _progress(out) as track:
         predictions = model.predict(classifier, paths, track=track, **_given(settings))
         with _output(out) as file:
             read, failed = _write_predictions(predictions, classifier.classes, format, top, file)
@@ -184,7 +184,7 @@ def audit(
     """
     from headstart import training
 
-    with _progress("pictures") as track:
+    with _progress() as track:
         result = training.audit(data, track=track, **_given(settings))
     print(_findings(result))
     if json is not None:
@@ -222,7 +222,7 @@ def demo(*, out: str = "runs/demo") -> None:
     """
     from headstart import demonstration
 
-    with _progress("pictures") as track:
+    with _progress() as track:
         run, predictions = demonstration.demo(out, track=track)
     print(_summary(run, _shown(os.path.join(out, "digits"))))
     print("\n" + _draw(predictions))
@@ -344,16 +344,22 @@ def _output(path: Path | None) -> Iterator[TextIO]:
 
 
 @contextlib.contextmanager
-def _progress(what: str) -> Iterator[Any]:
-    """A function that wraps an iterable to show how far it is: a bar on a terminal, a line now and then elsewhere."""
+def _progress(rows_to: Path | None = Path()) -> Iterator[Any]:
+    """A function that wraps pictures to show how far it is: a bar on a terminal, a line now and then elsewhere.
+
+    Where rows go to the same terminal as they come (`rows_to` is None), they show it themselves.
+    """
+    if rows_to is None and sys.stdout.isatty():
+        yield lambda items, total: items
+        return
     if not sys.stderr.isatty():
         yield _lines
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    columns = (TextColumn("pictures"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False) as progress:
 
         def track(items: Iterable[Picture], total: int) -> Iterator[Picture]:
             return iter(progress.track(items, total))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
+import re
 import sys
 import typing
 from collections.abc import Mapping
@@ -111,11 +113,14 @@ class Setting:
             value = str(value)
         if type(value) is not self.type:
             return value, f"must be {_TYPE_NAMES[self.type]}, not {value!r}"
+        if isinstance(value, float) and math.isinf(value):
+            return value, f"must be a finite number, not {value:g}"
         if isinstance(value, (int, float)) and not self.least <= value <= self.most:
             return value, f"must lie between {self.least:g} and {self.most:g}, not {value:g}"
         return value, ""
 
 
+_MARK = "\U0010fffd"  # the last private-use character
 _RUN = "run"  # the section of facts that a finished run adds
 _TYPE_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
@@ -177,15 +182,18 @@ def read_facts(path: Path) -> dict[str, str]:
 
 
 def _toml_text(value: Any) -> Any:
-    """TOML holds Unicode only; bytes of a name that are none travel as a pair of private-use characters."""
+    """TOML holds Unicode only: a byte of a name that is no text travels as a mark and the character of its number."""
     if not isinstance(value, str):
         return value
-    return "".join(f"\U0010fffd{chr(ord(c) - 0xDC00)}" if 0xDC80 <= ord(c) <= 0xDCFF else c for c in value)
+    marked = value.replace(_MARK, 2 * _MARK)
+    return re.sub("[\udc80-\udcff]", lambda found: _MARK + chr(ord(found[0]) - 0xDC00), marked)
 
 
 def _native_text(text: str) -> str:
-    head, *rest = text.split("\U0010fffd")
-    return head + "".join(chr(ord(part[0]) + 0xDC00) + part[1:] for part in rest)
+    def unmark(found: re.Match[str]) -> str:
+        return _MARK if found[1] == _MARK else chr(ord(found[1]) + 0xDC00)
+
+    return re.sub(f"{_MARK}([\x80-\xff{_MARK}])", unmark, text)
 
 
 def _read_toml(path: Path, mistakes: list[str]) -> dict[str, object]:

@@ -22,7 +22,8 @@ class HeadstartError(Exception):
     def __init__(self, subject: str | os.PathLike[str], why: str, remedy: str) -> None:
         self.subject, self.why, self.remedy = os.fspath(subject), why.rstrip("."), remedy
         mark = "" if self.why.endswith("?") else "."
-        super().__init__(f"{self.what}: {self.subject}: {self.why}{mark} {self.remedy}")
+        text = f"{self.what}: {self.subject}: {self.why}{mark} {self.remedy}"
+        super().__init__("".join(repr(c)[1:-1] if c in "\r\n" else c for c in text))
 
     def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
         return type(self), (self.subject, self.why, self.remedy)

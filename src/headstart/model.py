@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from headstart import backbones, loading
 from headstart import config as configs
 from headstart.backbones import Backbone, Spec
-from headstart.data import Task, find_pictures
+from headstart.data import Task
 from headstart.errors import CorruptModel, DataError, ForeignModel, HeadstartError, ModelFileError, NewerModel
 from headstart.files import write_whole
 from headstart.heads import NearestNeighbours
 from headstart.images import Limits, Preprocess
 from headstart.loading import Picture, Wanted
+from headstart.reading import find_pictures
 
 if TYPE_CHECKING:
     from headstart.backbones import Embedder

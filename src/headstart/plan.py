@@ -68,6 +68,8 @@ def decide(situation: Situation, config: RunConfig) -> Plan:
     if s.select:
         reasons.append(f"nothing is left to choose on the {s.select} select pictures: heads are fitted on them too")
     if s.folds < config.train.folds:
-        reasons.append(f"{s.folds} folds instead of {config.train.folds}: the smallest class has {s.smallest_class}")
-    reasons.append(f"{s.precision} on {s.device}: the fastest format that this processor computes in")
+        cause = f"the smallest class has {s.smallest_class}" if s.smallest_class <= s.folds else "groups allow no more"
+        reasons.append(f"{s.folds} folds instead of {config.train.folds}: {cause}")
+    why = "the fastest format that this processor computes in" if config.model.precision == "auto" else "as set"
+    reasons.append(f"{s.precision} on {s.device}: {why}")
     return Plan("probe", s.device, s.precision, (FitHead(heads, s.folds),), tuple(reasons))

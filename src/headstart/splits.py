@@ -71,6 +71,8 @@ def _deal(
     lacks = {label: [share * total for share in shares] for label, total in totals.items()}
     if at_least_one:
         _reserve(lacks, contents)
+    holds = {label: [0] * len(shares) for label in totals}
+    left = Counter(label for content in contents.values() for label in content)
     room = [share * len(samples) for share in shares]
     parts = [0] * len(samples)
     by_label: defaultdict[str, list[str]] = defaultdict(list)
@@ -79,12 +81,19 @@ def _deal(
     for label in sorted(by_label, key=lambda label: (totals[label], label)):
         # Large groups first: small ones then fill the gaps.
         for name in sorted(by_label[label], key=lambda name: -len(units[name])):
-            part = max(range(len(shares)), key=lambda p: (round(lacks[label][p], 9), round(room[p], 9), -p))
+            allowed: Sequence[int] = range(len(shares))
+            if at_least_one:
+                empty = [p for p in allowed if not holds[label][p]]
+                if left[label] <= len(empty):
+                    allowed = empty[: left[label]]  # where not all can have one, the first part, `fit`, has it
+            part = max(allowed, key=lambda p: (round(lacks[label][p], 9), round(room[p], 9), -p))
             for index in units[name]:
                 parts[index] = part
             room[part] -= len(units[name])
             for other, count in contents[name].items():
                 lacks[other][part] -= count
+                holds[other][part] += count
+                left[other] -= 1
     return parts
 
 

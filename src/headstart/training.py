@@ -22,12 +22,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headstart import backbones, features, loading, plan, quality, runs, splits
+from headstart import backbones, features, loading, plan, quality, reading, runs, splits
 from headstart import config as configs
-from headstart import data as datasets
 from headstart.backbones import Backbone, Spec
 from headstart.config import RunConfig
-from headstart.data import Dataset, Sample
+from headstart.data import Dataset, Sample, count_classes
 from headstart.errors import DataError, RunError, UnreadableImage
 from headstart.features import Survey, Track
 from headstart.images import Limits, read_bytes
@@ -243,7 +242,7 @@ def look(
 def _read(data: Data, config: RunConfig, classes: Sequence[str] | None = None) -> tuple[Dataset, Path]:
     if isinstance(data, Dataset):
         return data, data.root
-    return datasets.read(data, config.data, classes), Path(data)
+    return reading.read(data, config.data, classes), Path(data)
 
 
 def _cache_folder() -> Path:
@@ -258,7 +257,7 @@ def _deal(given: Dataset, survey: Survey, config: RunConfig) -> tuple[Audit, Dat
     """The audit, and the readable pictures with their roles."""
     audit = quality.inspect(given, survey.digests, survey.facts, survey.unreadable)
     dataset = splits.assign_roles(audit.clean, audit.groups, config.train.report_share, config.train.seed)
-    trained = datasets.count_classes(sample for sample in dataset.samples if sample.role != "report")
+    trained = count_classes(sample for sample in dataset.samples if sample.role != "report")
     for label in dataset.classes:
         if not trained[label]:
             why = f"has no picture of class {label!r} left for training"
@@ -275,7 +274,7 @@ def _situation(dataset: Dataset, fitted: Sequence[Sample], audit: Audit, config:
         len(dataset.classes),
         len(fitted),
         len(dataset.of_role("select")),
-        min(datasets.count_classes(fitted).values()),
+        min(count_classes(fitted).values()),
         splits.count_folds(fitted, audit.groups, config.train.folds),
         view.device,
         view.precision,
@@ -361,7 +360,7 @@ def _environment(spec: Spec, view: View, seconds: dict[str, float]) -> dict[str,
 def _stored_report(folder: RunFolder, config: RunConfig) -> Dataset:
     """The `report` pictures of a run, from where its data lay."""
     facts, roles = folder.facts(), splits.read_split(folder.path / "split.csv")
-    dataset = datasets.read(facts["data"], config.data)
+    dataset = reading.read(facts["data"], config.data)
     known = {sample.source for sample in dataset.samples}
     gone = [source for source, role in roles.items() if role == "report" and source not in known]
     if gone:
