@@ -3,7 +3,8 @@
 python benchmarks/ants_bees.py           (two of the tutorial's 25 epochs, multiplied)
 python benchmarks/ants_bees.py --full    (all 25)
 
-Expected (2-core machine): TO BE FILLED IN
+Expected (2-core machine): the tutorial takes 40 times as long as headstart with an empty cache, 100 times with a full
+one; accuracy on val 0.948 [0.900, 0.973] against 0.908 after two epochs. (Preliminary: one run on a busy machine.)
 """
 
 from __future__ import annotations

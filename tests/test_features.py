@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import draw_shape
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import draw_shape
 from headstart import features
 from headstart.backbones import Spec
 from headstart.errors import RunError
@@ -117,8 +117,12 @@ def test_unreadable_pictures_have_a_reason_and_no_row(tmp_path, own_cache, netwo
         paths[number].write_bytes(b"")
     found, seen = features_of(paths, network, own_cache)
     assert seen.unreadable == {"0.png": "is empty", "4.png": "is empty"}
-    assert found.sources == seen.sources and len(found.matrix) == len(seen.digests) == 8 and "4.png" not in found.sources
-    np.testing.assert_allclose(found.matrix, expected_of([p for i, p in enumerate(paths) if i not in (0, 4)]), atol=1e-4)
+    assert (
+        found.sources == seen.sources and len(found.matrix) == len(seen.digests) == 8 and "4.png" not in found.sources
+    )
+    np.testing.assert_allclose(
+        found.matrix, expected_of([p for i, p in enumerate(paths) if i not in (0, 4)]), atol=1e-4
+    )
 
 
 def test_nothing_but_unreadable_pictures_gives_an_empty_matrix(tmp_path, own_cache, network):
@@ -268,7 +272,9 @@ def test_one_flipped_bit_anywhere_in_a_shard_is_noticed_and_computed_again(share
     assert network.computed == (6 if facts else 12)  # and it is whole again
 
 
-@pytest.mark.parametrize("change", [Path.unlink, lambda file: os.truncate(file, 100), lambda file: os.truncate(file, 0)])
+@pytest.mark.parametrize(
+    "change", [Path.unlink, lambda file: os.truncate(file, 100), lambda file: os.truncate(file, 0)]
+)
 @pytest.mark.parametrize("facts", [False, True])
 def test_a_deleted_or_truncated_shard_is_computed_again(tmp_path, own_cache, network, change, facts):
     paths = write_pictures(tmp_path / "p", 6)
@@ -357,8 +363,11 @@ def test_rows_that_cannot_be_written_are_an_error_with_a_remedy(tmp_path):
         Store(tmp_path / "file" / "s").append(digests_of(1), {"vector": np.ones((1, 1), np.float32)})
 
 
-def test_threads_may_write_the_same_and_other_rows_at_once(tmp_path):
+def test_threads_may_write_the_same_and_other_rows_at_once(tmp_path, monkeypatch):
     store, errors, barrier = Store(tmp_path / "s"), [], threading.Barrier(4)
+    replace = Path.replace
+    # Between writing and renaming there is time for another thread to do the same.
+    monkeypatch.setattr(Path, "replace", lambda one, other: time.sleep(0.005) or replace(one, other))
 
     def write(own: int) -> None:
         try:

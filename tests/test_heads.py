@@ -368,7 +368,7 @@ def test_the_search_ends_at_a_strength_that_no_neighbour_on_the_grid_betters(fit
 
 
 def test_the_number_of_neighbours_is_the_best_of_all_and_never_more_than_there_are():
-    features, targets, folds = blobs(12, apart=3.0)
+    features, targets, _ = blobs(12, apart=3.0)
     fitted = heads.fit_head(features, targets, [number // 3 % 2 for number in range(12)], CLASSES, ("knn",))
     assert fitted.strength <= 6
     assert logits_of(fitted, features).shape == (12, CLASSES)

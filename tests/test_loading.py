@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import draw_shape
 
+from conftest import draw_shape
 from headstart import loading
 from headstart.images import Limits, Preprocess, open_image
 from headstart.loading import BATCH_SIZE, Picture, Wanted, batches, process

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import COLOURS, draw_shape
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from conftest import COLOURS, draw_shape
 from headstart import features, quality
 from headstart.data import Dataset, Sample
 from headstart.errors import DataError

@@ -381,3 +381,13 @@ def test_find_pictures_takes_files_folders_and_globs_in_natural_order(tmp_path):
 def test_find_pictures_keeps_a_path_that_was_named_there_or_not(tmp_path, name):
     (tmp_path / "notes.txt").write_text("text")
     assert reading.find_pictures([tmp_path / name]) == ([tmp_path / name], 0)
+
+
+def test_split_folders_without_class_folders_are_no_classes(tmp_path):
+    fill(tmp_path, "train/1.jpg", "train/2.jpg", "test/3.jpg")
+    assert "no class folders below them" in refusal(tmp_path)
+
+
+def test_several_labels_a_picture_need_a_table(tmp_path):
+    fill(tmp_path, "cat/1.jpg", "dog/2.jpg")
+    assert "which gives each picture one label" in refusal(tmp_path, DataConfig(task="multi"))

@@ -334,16 +334,16 @@ def test_split_csv_gives_any_names_back(tmp_path_factory, sources):
 
 
 def test_a_split_that_was_written_is_read_with_the_data_again(tmp_path):
-    from headstart import data
     from headstart.config import DataConfig
+    from headstart.reading import read
 
     for kind in "xy":
         (tmp_path / "data" / kind).mkdir(parents=True)
         for number in range(5):
             (tmp_path / "data" / kind / f"{number}.jpg").write_bytes(b"")
-    before = splits.assign_roles(data.read(tmp_path / "data"), {}, 0.2, 0)
+    before = splits.assign_roles(read(tmp_path / "data"), {}, 0.2, 0)
     splits.write_split(before, tmp_path / "split.csv")
-    after = data.read(tmp_path / "split.csv", DataConfig(images=str(tmp_path / "data")))
+    after = read(tmp_path / "split.csv", DataConfig(images=str(tmp_path / "data")))
     assert after.has_roles
     roles = {
         Path(after.path(sample.source)).relative_to(tmp_path / "data").as_posix(): sample.role

@@ -343,3 +343,9 @@ def test_names_in_a_table_that_are_no_text_are_found(tmp_path, place):
     dataset = read(path, DataConfig(images=str(folder) if place == "images" else ""))
     assert sorted(labels(dataset).values()) == ["summer", "winter"]
     assert all(dataset.path(source).is_file() for source in dataset.sources)
+
+
+def test_a_picture_may_be_named_without_its_ending_or_with_backslashes(tmp_path):
+    fill(tmp_path, "train/000b.jpg", "train/001c.jpg")
+    path = table(tmp_path, "id,breed", "000b,cat", "pictures\\train\\001c.jpg,dog")
+    assert labels(read(path)) == {"train/000b.jpg": "cat", "train/001c.jpg": "dog"}

@@ -298,7 +298,9 @@ def test_an_answer_that_breaks_off_is_not_kept(tmp_path, monkeypatch):
         thread.start()
         try:
             with pytest.raises(WeightsError, match="could not be fetched"):
-                weights.fetch("net", Origin("url", f"http://127.0.0.1:{server.server_port}/net.pth", ("net.pth",)), tmp_path)
+                weights.fetch(
+                    "net", Origin("url", f"http://127.0.0.1:{server.server_port}/net.pth", ("net.pth",)), tmp_path
+                )
         finally:
             server.shutdown()
             thread.join()

@@ -87,6 +87,7 @@ class _Problem:
     y: Tensor  # (n,) class numbers, or (n, classes) of 0 and 1
     fold: Tensor  # (n,), -1 where a picture is never held out
     classes: int
+    dim: int = 0  # of the features before a rotation; 0 without one
 
     @property
     def multi(self) -> bool:
@@ -184,7 +185,7 @@ def _rotate(problem: _Problem) -> tuple[_Problem, Tensor | None]:
     if n >= dim:
         return problem, None
     left, size, basis = torch.linalg.svd(problem.x, full_matrices=False)
-    return _Problem(left * size, problem.y, problem.fold, problem.classes), basis.T
+    return _Problem(left * size, problem.y, problem.fold, problem.classes, dim), basis.T
 
 
 def _fold_scaling(weights: Tensor, mean: NDArray[np.float32], scale: NDArray[np.float32]) -> nn.Linear:
@@ -241,7 +242,8 @@ def _minimise(problem: _Problem, loss: Loss, strength: float, start: Tensor | No
         return value, gradient.view(-1).double().numpy()
 
     first = torch.zeros(shape) if start is None else start.expand(shape)
-    options = {"maxiter": 300, "maxcor": 12, "ftol": 1e-6, "gtol": 1e-6}
+    # A strong penalty keeps the logits small; the temperature then magnifies what a loose end leaves of the error.
+    options = {"maxiter": 300, "maxcor": 12, "ftol": 1e-6 if strength < 1 else 1e-9, "gtol": 1e-6}
     # scipy's own threads, waiting busily for work, would take the cores from torch's: 13 times slower, measured.
     with threadpool_limits(1, user_api="blas"):
         found = minimize(objective, first.reshape(-1).double().numpy(), jac=True, method="L-BFGS-B", options=options)
@@ -268,7 +270,7 @@ def _solve_means(problem: _Problem, strength: float, start: Tensor | None = None
         means = torch.zeros(problem.classes, x.shape[1]).index_add_(0, y, x) / counts.clamp_min(1)[:, None]
         centred = x - means[y]
         covariance = centred.T @ centred / len(x)
-        level = covariance.diagonal().mean().clamp_min(1e-12)
+        level = (covariance.diagonal().sum() / (problem.dim or x.shape[1])).clamp_min(1e-12)
         covariance.mul_(1 - strength).diagonal().add_(strength * level)
         solved = torch.linalg.solve(covariance, means.T)
         weights[:-1, part] = solved
@@ -345,6 +347,6 @@ _HALF_DECADES = [10 ** (exponent / 2) for exponent in range(-10, 7)]  # 1e-5 to 
 _TUNERS: dict[str, Callable[[_Problem], _Trial]] = {
     "logistic": _tune_linear("logistic", _HALF_DECADES, 9),
     "svm": _tune_linear("svm", _HALF_DECADES, 11),
-    "means": _tune_linear("means", [0.003, 0.01, 0.03, 0.1, 0.3, 0.6, 1.0], 5),
+    "means": _tune_linear("means", [0.01, 0.03, 0.1, 0.3, 0.6, 0.8, 0.9, 0.97, 1.0], 6),
     "knn": _tune_knn,
 }

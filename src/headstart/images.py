@@ -181,7 +181,7 @@ class Preprocess:
         """The network's view of a picture before normalisation, uint8 of shape (size, size, 3)."""
         resample = _INTERPOLATIONS[self.interpolation]
         if self.fit == "squash":
-            return np.asarray(image.resize((self.size, self.size), resample))
+            return np.array(image.resize((self.size, self.size), resample))
         if self.fit == "pad":
             return self._padded(image, resample)
         width, height = image.size
@@ -194,14 +194,14 @@ class Preprocess:
         scale_x, scale_y = width / wide, height / high
         box = (left * scale_x, top * scale_y, (left + self.size) * scale_x, (top + self.size) * scale_y)
         box = (box[0], box[1], min(box[2], width), min(box[3], height))
-        return np.asarray(image.resize((self.size, self.size), resample, box=box))
+        return np.array(image.resize((self.size, self.size), resample, box=box))
 
     def _padded(self, image: Image.Image, resample: Image.Resampling) -> NDArray[np.uint8]:
         scale = self.size / max(image.size)
         wide, high = (max(1, round(side * scale)) for side in image.size)
         canvas = Image.new("RGB", (self.size, self.size), tuple(round(255 * m) for m in self.mean))
         canvas.paste(image.resize((wide, high), resample), ((self.size - wide) // 2, (self.size - high) // 2))
-        return np.asarray(canvas)
+        return np.array(canvas)
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels of `apply`, uint8 of shape (n, size, size, 3), as the network's input: float32 (n, 3, size, size).

@@ -161,12 +161,14 @@ def mean_average_precision(probabilities: Floats, targets: NDArray[np.bool_]) ->
     Average precision is the sum over thresholds of precision times the step in recall, equal scores being one step.
     """
     defined = [label for label in range(targets.shape[1]) if 0 < targets[:, label].sum() < len(targets)]
+    negative = (~targets[:, defined]).astype(np.float64)
     parts = [average_precision(probabilities[:, label], targets[:, label]) for label in defined]
 
     def metric(weights: Floats) -> Floats:
         if not parts:
             return np.full(len(weights), np.nan)
-        return _nan_mean(np.stack([part(weights) for part in parts], 1))
+        values = np.stack([part(weights) for part in parts], 1)
+        return _nan_mean(np.where(weights @ negative > 0, values, np.nan))
 
     return metric
 
@@ -263,7 +265,9 @@ def find_thresholds(probabilities: Floats, targets: NDArray[np.bool_], fewest: i
         f1 = 2 * np.cumsum(truth[order]) / (np.arange(1, len(order) + 1) + truth.sum())
         best = int(np.argmax(np.where(last, f1, -1.0)))
         below = scores[order[best + 1]] if best + 1 < len(order) else 0.0
-        thresholds.append(float((scores[order[best]] + below) / 2))
+        above = float(scores[order[best]])
+        middle = (above + float(below)) / 2
+        thresholds.append(middle if middle > below else above)
     return tuple(thresholds)
 
 

@@ -235,7 +235,7 @@ def _read_header(file: Path, content: bytes) -> dict[str, Any]:
         described: dict[str, Any] = json.loads(header.pop("__metadata__")["headstart"])
         size = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
         seal, schema = str(described["sha256"]), int(described["schema"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         if _MARK not in content[:65536]:
             raise foreign from error
         raise CorruptModel(file, "is damaged or cut short (its header cannot be read)", remedy) from error
@@ -276,7 +276,7 @@ def _assemble(file: Path, content: bytes, described: Mapping[str, Any]) -> Class
 def _describe_head(head: nn.Module) -> dict[str, Any]:
     if isinstance(head, NearestNeighbours):
         return {"kind": "knn", "classes": head.classes, "k": head.k}
-    if isinstance(head, nn.Linear):
+    if isinstance(head, nn.Linear) and head.bias is not None:
         return {"kind": "linear"}
     raise TypeError(f"a head must be Linear or NearestNeighbours to be saved, not {type(head).__name__}")
 

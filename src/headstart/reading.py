@@ -70,6 +70,12 @@ def _read_folder(path: Path, config: DataConfig) -> Found:
         table = find_table(path, config)
         if table is not None:
             return read_table(table, config)
+        if len({row[1] for row in rows}) > 1:
+            why = "holds pictures in split folders, but no class folders below them"
+            raise DataError(path, why, "Put each class in its own folder below each split.")
+    if config.task == "multi" and rows:
+        why = "is a folder, which gives each picture one label"
+        raise DataError(path, why, "Give a table for several labels a picture.")
     outside = sorted({source.split("/")[0] for source, why in ignored if why == _OUTSIDE})
     notices = [f"folder {name!r} lies beside the splits and was left out" for name in outside]
     return Found(path, rows, "single", ignored, notices)

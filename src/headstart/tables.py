@@ -164,8 +164,10 @@ def _resolver(path: Path, config: DataConfig) -> Callable[[str], tuple[str, str]
             by_name[""] = []  # walked: the folder is searched once
             for folder in folders:
                 for name in walk(folder):
-                    by_name.setdefault(name.rsplit("/", 1)[-1], []).append(_relative(folder / name, root))
-        matches = sorted(set(by_name.get(os.path.basename(cell), [])))
+                    place, last = _relative(folder / name, root), name.rsplit("/", 1)[-1]
+                    for key in {last, os.path.splitext(last)[0]}:  # some tables name pictures without their ending
+                        by_name.setdefault(key, []).append(place)
+        matches = sorted(set(by_name.get(os.path.basename(cell.replace("\\", "/")), [])))
         if len(matches) == 1:
             return matches[0], ""
         return "", f"{cell!r} is not found" if not matches else f"{cell!r} may be any of {len(matches)} files"
