@@ -22,15 +22,12 @@ from headstart.backbones import (
     Backbone,
     Located,
     Spec,
-    fold_batch_norms,
     imagenet_head,
     list_models,
     load,
     locate,
-    prepare,
-    resolve_device,
-    resolve_precision,
 )
+from headstart.embedders import fold_batch_norms, prepare, resolve_device, resolve_precision
 from headstart.errors import BackboneError, HeadstartError, UsageError, WeightsError
 from headstart.images import Preprocess, open_image
 

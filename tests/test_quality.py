@@ -250,12 +250,20 @@ def test_a_duplicate_joins_two_groups():
     assert len({audit.groups[sample.source] for sample in samples[:4]}) == 1
 
 
-def test_a_group_over_a_twentieth_of_the_data_is_reported_and_not_enforced():
+def test_a_given_group_over_a_twentieth_of_the_data_is_reported_and_still_enforced():
     kept, large = audit_of(grouped([5], 95)), audit_of(grouped([6], 94))
     assert len(kept.groups) == 5 and not of_kind(kept, "large group")
-    assert not large.groups
+    assert len(large.groups) == 6
     (finding,) = of_kind(large, "large group")
     assert finding.severity == "warning" and len(finding.sources) == 6 and "6 pictures" in finding.message
+
+
+def test_a_chain_of_near_duplicates_over_a_twentieth_of_the_data_is_reported_and_not_enforced():
+    facts = plain_facts(100)
+    facts[:6] = [facts[0]] * 6
+    audit = audit_of(numbered(100), facts)
+    assert not audit.groups
+    assert len(of_kind(audit, "large group")) == 1
 
 
 def test_two_copies_stay_together_in_the_smallest_data():

@@ -11,28 +11,29 @@ import functools
 import importlib.util
 import json
 import logging
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from headstart import weights as weights_files
 from headstart.config import cache_folder, did_you_mean
-from headstart.errors import BackboneError, UsageError, WeightsError
+from headstart.errors import BackboneError, WeightsError
 from headstart.files import digest
-from headstart.images import Preprocess
+from headstart.images import Fit, Interpolation, Preprocess
 from headstart.weights import Origin
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
-    from numpy.typing import NDArray
     from torch import nn
 
 log = logging.getLogger(__name__)
 
 DEFAULT = "efficientnet_lite0"
+
+
+# The side branches that Inception networks are trained with.
+AUXILIARY = ("aux1", "aux2", "AuxLogits")
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,8 @@ def locate(name: str, weights: str = "", folder: Path | None = None, *, fetch: b
     if name in PACKAGED:
         return _locate_packaged(name)
     spec, origin = _describe(name)
+    if not origin.files:
+        raise BackboneError(name, "has no pretrained weights", "Choose another, or give --weights FILE.")
     folder = folder or cache_folder() / "weights"
     file = weights_files.find(origin, folder)
     if file is None and fetch:
@@ -192,13 +195,8 @@ def _locate_file(name: str, file: Path) -> Located:
     if not file.is_file():
         raise WeightsError(file, "no such file", "Give --weights an existing .safetensors or .pth file.")
     beside = file.with_suffix(".json")
-    card: dict[str, Any] = {}
-    if beside.is_file():
-        try:
-            card = json.loads(beside.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise WeightsError(beside, f"is not JSON ({error})", "Correct it or take it away.") from error
-    architecture = card.get("architecture", "") if name == "auto" else name
+    card = _read_card(beside) if beside.is_file() else {}
+    architecture = str(card.get("architecture", "")) if name == "auto" else name
     if not architecture:
         why = f"does not say which network it is for (no {beside.name} beside it)"
         raise WeightsError(file, why, "Name the network with --backbone.")
@@ -206,29 +204,59 @@ def _locate_file(name: str, file: Path) -> Located:
         architecture = f"timm/{PACKAGED[architecture].architecture}"
     spec, _ = _describe(architecture)
     notes = () if card else (f"no {beside.name} beside the weights: the preprocessing is the architecture's own",)
-    preprocess = dataclasses.replace(spec.preprocess, **_card_preprocess(card, beside))
-    arguments = {**spec.arguments, **card.get("arguments", {})}
-    return Located(
-        dataclasses.replace(spec, arguments=arguments, preprocess=preprocess, weights=file.name, digest=digest(file)),
-        file,
-        notes,
+    view: dict[str, Any] = {
+        key: tuple(map(float, value)) if isinstance(value, list) else value for key, value in card.items()
+    }
+    spec = dataclasses.replace(
+        spec,
+        arguments={**spec.arguments, **card.get("arguments", {})},
+        preprocess=dataclasses.replace(spec.preprocess, **{key: view[key] for key in view if key in _CARD_VIEW}),
+        weights=file.name,
+        digest=digest(file),
     )
+    return Located(spec, file, notes)
 
 
-def _card_preprocess(card: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for name, kind in (("size", int), ("crop", float), ("interpolation", str), ("fit", str)):
-        if name in card:
-            if not isinstance(card[name], (int, float) if kind is float else kind):
-                raise WeightsError(file, f"{name} must be {kind.__name__}, not {card[name]!r}", "Correct it.")
-            values[name] = card[name]
-    for name in ("mean", "std"):
-        if name in card:
-            numbers = card[name]
-            if not isinstance(numbers, list) or len(numbers) != 3:
-                raise WeightsError(file, f"{name} must be three numbers, not {numbers!r}", "Correct it.")
-            values[name] = tuple(float(number) for number in numbers)
-    return values
+def _read_card(file: Path) -> dict[str, Any]:
+    """What stands beside a weights file, every value checked.
+
+    Raises:
+        WeightsError: naming the first wrong value.
+    """
+    try:
+        card = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise WeightsError(file, f"is not JSON ({error})", "Correct it or take it away.") from error
+    if not isinstance(card, dict):
+        raise WeightsError(file, "is no JSON object", "Correct it or take it away.")
+    for key, (is_right, wanted) in {**_CARD_VIEW, **_CARD_NETWORK}.items():
+        if key in card and not is_right(card[key]):
+            raise WeightsError(file, f"{key} must be {wanted}, not {card[key]!r}", "Correct it.")
+    return card
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _are_three(value: object, least: float) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(_is_number(v) and v > least for v in value)
+
+
+# What a card may say, how each value is checked, and what it must be in words.
+_Check = tuple[Callable[[Any], bool], str]
+_CARD_VIEW: dict[str, _Check] = {
+    "size": (lambda v: type(v) is int and 8 <= v <= 4096, "a whole number from 8 to 4096"),
+    "crop": (lambda v: _is_number(v) and 0 < v <= 1, "a number over 0, up to 1"),
+    "fit": (lambda v: v in get_args(Fit), f"one of {', '.join(get_args(Fit))}"),
+    "interpolation": (lambda v: v in get_args(Interpolation), f"one of {', '.join(get_args(Interpolation))}"),
+    "mean": (lambda v: _are_three(v, float("-inf")), "a list of three numbers"),
+    "std": (lambda v: _are_three(v, 0.0), "a list of three numbers over 0"),
+}
+_CARD_NETWORK: dict[str, _Check] = {
+    "architecture": (lambda v: isinstance(v, str), "text"),
+    "arguments": (lambda v: isinstance(v, dict), "an object"),
+}
 
 
 # What the libraries know
@@ -262,9 +290,7 @@ def _describe_timm(name: str, plain: str) -> tuple[Spec, Origin]:
     except RuntimeError as error:
         tags = ", ".join(model.partition(".")[2] for model in timm.list_pretrained(f"{architecture}.*")[:8])
         raise BackboneError(name, f"has no weights {tag!r}", f"Known for it: {tags or 'none'}.") from error
-    if known is None:
-        raise BackboneError(name, "has no pretrained weights", "Choose another, see `headstart models`.")
-    fits: dict[str, Literal["crop", "pad", "squash"]] = {"center": "crop", "squash": "squash", "border": "pad"}
+    fits: dict[str, Fit] = {"center": "crop", "squash": "squash", "border": "pad"}
     preprocess = Preprocess(
         size=known.input_size[-1],
         crop=known.crop_pct,
@@ -273,7 +299,9 @@ def _describe_timm(name: str, plain: str) -> tuple[Spec, Origin]:
         mean=tuple(known.mean),
         std=tuple(known.std),
     )
-    if known.hf_hub_id:
+    if not known.hf_hub_id and not known.url:
+        origin = Origin("url", "", ())  # an architecture alone, for --weights
+    elif known.hf_hub_id:
         files = (known.hf_hub_filename,) if known.hf_hub_filename else ("model.safetensors", "pytorch_model.bin")
         origin = Origin("hub", known.hf_hub_id, files)
     else:
@@ -299,7 +327,9 @@ def _describe_torchvision(name: str, plain: str) -> tuple[Spec, Origin]:
         std=tuple(transforms.std),
     )
     # These two were trained on other statistics and correct their input themselves.
-    arguments = {"transform_input": True} if architecture in ("googlenet", "inception_v3") else {}
+    arguments: dict[str, Any] = {"transform_input": True} if architecture in ("googlenet", "inception_v3") else {}
+    if architecture.startswith("vit_"):
+        arguments["image_size"] = size  # their position embeddings are of one size
     origin = Origin("url", weights.url, (weights.url.rsplit("/", 1)[-1],))
     return Spec(name, "torchvision", architecture, arguments, preprocess), origin
 
@@ -345,10 +375,7 @@ def _list_one(name: str, folder: Path, detailed: bool) -> Listed:
         here = weights_files.find(origin, folder) is not None
     if not detailed:
         return Listed(name, here)
-    import torch
-
-    with torch.device("meta"):
-        network, _ = _construct(spec)
+    network, _ = _construct_empty(spec)
     return Listed(name, here, sum(p.numel() for p in network.parameters()), spec.preprocess.size)
 
 
@@ -362,7 +389,7 @@ def _construct(spec: Spec) -> tuple[nn.Module, tuple[str, ...]]:
 
         network: Any = timm.create_model(spec.architecture, pretrained=False, num_classes=0, **spec.arguments)
         heads = network.pretrained_cfg.get("classifier") or ()
-        return network, (heads,) if isinstance(heads, str) else tuple(heads)
+        return network, (*((heads,) if isinstance(heads, str) else heads), *AUXILIARY)
     from torch import nn
     from torchvision import models
 
@@ -373,20 +400,29 @@ def _construct(spec: Spec) -> tuple[nn.Module, tuple[str, ...]]:
     last = [name for name, module in network.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))][-1]
     parent, _, child = last.rpartition(".")
     setattr(network.get_submodule(parent), child, nn.Identity())
-    return network, (last, "aux", "AuxLogits")
+    return network, (last, *AUXILIARY)
+
+
+def _construct_empty(spec: Spec) -> tuple[nn.Module, tuple[str, ...]]:
+    """As `_construct`, on the meta device, which holds no numbers and skips the initialisation."""
+    import torch
+
+    try:
+        with torch.device("meta"):
+            return _construct(spec)
+    except NotImplementedError:  # some networks of torchvision compute with numbers while they are built
+        return _construct(spec)
 
 
 def _build(
     spec: Spec, state: Mapping[str, torch.Tensor], strict: bool = True, file: Path | None = None
 ) -> tuple[nn.Module, list[str]]:
-    """(the network with these weights, frozen, in evaluation mode; the keys of a foreign last layer, left out).
-
-    It is built on the meta device, which skips the initialisation that the weights would overwrite at once.
-    """
-    import torch
-
-    with torch.device("meta"):
-        network, heads = _construct(spec)
+    """(the network with these weights, frozen, in evaluation mode; the keys of a foreign last layer, left out)."""
+    try:
+        network, heads = _construct_empty(spec)
+    except TypeError as error:
+        why = f"names arguments that {spec.architecture} does not take ({error})"
+        raise WeightsError((file or Path(spec.weights)).with_suffix(".json"), why, "Correct it.") from error
     fitted, left_out = _fit_state(network, state, heads, file or Path(spec.weights or spec.name), strict)
     network.load_state_dict(fitted, assign=True)
     if any(tensor.is_meta for tensor in (*network.parameters(), *network.buffers())):
@@ -414,136 +450,3 @@ def _fit_state(
             shown = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
             raise WeightsError(file, f"does not fit the network: {why} {shown}", "Name the right --backbone.")
     return {key: state[key].float() if state[key].is_floating_point() else state[key] for key in wanted}, extra
-
-
-# Running
-
-
-@dataclass(frozen=True, eq=False)
-class Embedder:
-    """A backbone made ready to run: batch norms folded, channels-last, in the number format the machine is fast in."""
-
-    network: nn.Module
-    preprocess: Preprocess
-    device: torch.device
-    dtype: torch.dtype
-
-    def __call__(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Features (n, dim) of pixels of `Preprocess.apply`, (n, size, size, 3); on one core of the calling thread."""
-        import torch
-
-        torch.set_num_threads(1)
-        with torch.inference_mode():
-            batch = self.preprocess.normalise(torch.from_numpy(pixels).to(self.device))
-            features: NDArray[np.float32] = self.network(batch.to(self.dtype)).float().cpu().numpy()
-        return features
-
-
-def prepare(backbone: Backbone, device: torch.device, precision: str) -> Embedder:
-    """The fastest exact form of a backbone: what rounding of the number format leaves of it, and no more.
-
-    Folding and bfloat16 are tried on two random pictures; where the features leave the plain network's (cosine under
-    0.99 in bfloat16, 0.9999 else), the plain float32 network is used, and that is logged.
-    """
-    import copy
-
-    import torch
-
-    dtype = getattr(torch, precision)
-    size = backbone.spec.preprocess.size
-    example = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        expected = backbone.network(example)
-        network = copy.deepcopy(backbone.network)
-        fold_batch_norms(network, example)
-        network = network.to(device, dtype).to(memory_format=torch.channels_last)
-        try:
-            found = network(example.to(device, dtype).contiguous(memory_format=torch.channels_last)).float().cpu()
-            nearness = torch.nn.functional.cosine_similarity(found, expected).min().item()
-        except (RuntimeError, TypeError) as error:  # a layer without a kernel for this number format
-            log.info("%s does not run in %s: %s", backbone.spec.name, precision, error)
-            nearness = 0.0
-    if nearness < (0.9999 if dtype == torch.float32 else 0.99):
-        log.info("%s: %s would change the features (cosine %.4f); float32 is used", backbone.spec.name, dtype, nearness)
-        network, dtype = backbone.network.to(device), torch.float32
-    return Embedder(network, backbone.spec.preprocess, device, dtype)
-
-
-def fold_batch_norms(network: nn.Module, example: torch.Tensor) -> int:
-    """Fold each batch norm that directly follows a convolution into its weights, in place; how many there were.
-
-    Pairs are found by running the example and seeing whose output is whose input, so it needs no names. An activation
-    that timm keeps inside its batch norm stays.
-    """
-    from torch import nn
-    from torch.nn.utils.fusion import fuse_conv_bn_weights
-
-    producers: dict[int, tuple[nn.Conv2d, torch.Tensor]] = {}
-    pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
-    uses: Counter[nn.Module] = Counter()
-
-    def after(module: nn.Module, inputs: object, output: torch.Tensor) -> None:
-        uses[module] += 1
-        if isinstance(module, nn.Conv2d):
-            producers[id(output)] = module, output  # keeping the output keeps its id its own
-
-    def before(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        if isinstance(module, nn.BatchNorm2d) and id(inputs[0]) in producers:
-            pairs.append((producers[id(inputs[0])][0], module))
-
-    hooks = [m.register_forward_hook(after) for m in network.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]
-    hooks += [m.register_forward_pre_hook(before) for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
-    network(example)
-    for hook in hooks:
-        hook.remove()
-    names = {module: name for name, module in network.named_modules()}
-    folded = 0
-    for conv, norm in pairs:
-        if uses[conv] > 1 or uses[norm] > 1 or norm.running_mean is None or norm.running_var is None:
-            continue  # shared, or without fixed statistics
-        conv.weight, conv.bias = fuse_conv_bn_weights(
-            conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-        )
-        rest = [getattr(norm, name) for name in ("drop", "act") if isinstance(getattr(norm, name, None), nn.Module)]
-        parent, _, child = names[norm].rpartition(".")
-        setattr(network.get_submodule(parent), child, nn.Sequential(*(m for m in rest if type(m) is not nn.Identity)))
-        folded += 1
-    return folded
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device of a name: `auto` is the first of cuda, xpu, mps that is there, else the CPU.
-
-    Raises:
-        UsageError: for a device that is unknown or not there.
-    """
-    import torch
-
-    if name == "auto":
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return found or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(
-            name, f"is no device of this machine ({reason})", "Give auto, cpu, cuda:N, mps or xpu."
-        ) from error
-    return device
-
-
-def resolve_precision(name: str, device: torch.device) -> str:
-    """`bfloat16` or `float32`: `auto` is bfloat16 where the processor computes in it."""
-    import torch
-
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        fast = any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    else:
-        fast = False
-    return "bfloat16" if fast else "float32"

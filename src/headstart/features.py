@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from headstart import loading
 from headstart.errors import RunError
+from headstart.files import write_whole
 from headstart.images import Facts, Limits, Preprocess
 from headstart.loading import Picture, Wanted
 
@@ -129,17 +130,12 @@ class Store:
 
         rows = np.frombuffer(bytes.fromhex("".join(digests)), np.uint8).reshape(len(digests), 32)
         content = save({"digest": rows, **{name: np.ascontiguousarray(array) for name, array in columns.items()}})
-        target = self.folder / f"{hashlib.sha256(content).hexdigest()}.safetensors"
-        partial = target.with_suffix(f".{os.getpid()}.partial")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(content)
-            partial.replace(target)
+            write_whole(self.folder / f"{hashlib.sha256(content).hexdigest()}.safetensors", content)
         except OSError as error:
             why = f"cannot be written ({error.strerror})"
             raise RunError(self.folder, why, "Free some space, or give --cache DIR.") from error
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 def _read_checked(file: Path) -> bytes:

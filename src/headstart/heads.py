@@ -265,11 +265,11 @@ def _solve_means(problem: _Problem, strength: float, start: Tensor | None = None
     """
     weights = torch.zeros(problem.x.shape[1] + 1, problem.folds + 1, problem.classes)
     for part, trained in enumerate(problem.trains().T):
-        x, y = problem.x[trained], problem.y[trained]
+        x, y = problem.x[trained], problem.y[trained]  # copies
         counts = torch.bincount(y, minlength=problem.classes)
         means = torch.zeros(problem.classes, x.shape[1]).index_add_(0, y, x) / counts.clamp_min(1)[:, None]
-        centred = x - means[y]
-        covariance = centred.T @ centred / len(x)
+        x.sub_(means[y])
+        covariance = x.T @ x / len(x)
         level = (covariance.diagonal().sum() / (problem.dim or x.shape[1])).clamp_min(1e-12)
         covariance.mul_(1 - strength).diagonal().add_(strength * level)
         solved = torch.linalg.solve(covariance, means.T)

@@ -31,6 +31,8 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _ORIENTATION = 0x0112
+Fit = Literal["crop", "pad", "squash"]
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 _INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -96,6 +98,8 @@ def open_image(
     """
     if not isinstance(picture, bytes):
         name, picture = picture, read_bytes(picture, limits)
+    if Image.MAX_IMAGE_PIXELS is not None and limits.pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = limits.pixels  # Pillow's own limit would come first
     try:
         with Image.open(io.BytesIO(picture)) as image:
             _check_size(image, limits, name)
@@ -103,6 +107,9 @@ def open_image(
             return _upright(_to_rgb(image), _orientation(image))
     except UnreadableImage:
         raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        why = f"is over the limit of {limits.pixels / 1e6:g} megapixels"
+        raise UnreadableImage(name, why, "Make it smaller, or raise --limit-megapixels.") from error
     # A damaged file leads Pillow's readers to any exception: struct.error, KeyError, RecursionError, MemoryError...
     except Exception as error:
         why = f"cannot be decoded ({' '.join(str(error).split()) or type(error).__name__})"
@@ -118,8 +125,6 @@ def _check_size(image: Image.Image, limits: Limits, name: str | os.PathLike[str]
         raise UnreadableImage(name, why, "Make it smaller, or raise --limit-megapixels.")
     if width < 1 or height < 1:
         raise UnreadableImage(name, f"has the size {width}x{height}", "Replace it.")
-    if Image.MAX_IMAGE_PIXELS is not None and limits.pixels > Image.MAX_IMAGE_PIXELS:
-        Image.MAX_IMAGE_PIXELS = limits.pixels  # Pillow's own limit would come first
 
 
 def _orientation(image: Image.Image) -> int:
@@ -159,6 +164,8 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     elif low >= 0.0 and high <= 65535.0:
         low, high = 0.0, 65535.0
     scaled = (values - low) * (255.0 / max(high - low, 1e-12))
+    if isinstance(image.info.get("transparency"), int):
+        scaled[values == image.info["transparency"]] = 255.0
     return Image.fromarray(np.rint(scaled).clip(0, 255).astype(np.uint8))
 
 
@@ -172,8 +179,8 @@ class Preprocess:
 
     size: int = 224
     crop: float = 0.875
-    fit: Literal["crop", "pad", "squash"] = "crop"
-    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
+    fit: Fit = "crop"
+    interpolation: Interpolation = "bicubic"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 

@@ -51,9 +51,7 @@ class Wanted:
     known_facts: Container[str] = frozenset()
 
 
-def process(
-    paths: Sequence[str | os.PathLike[str]], wanted: Wanted, make_compute: Callable[[], Compute]
-) -> Generator[Picture, None, None]:
+def process(paths: Sequence[str | os.PathLike[str]], wanted: Wanted, make_compute: Callable[[], Compute]) -> Stream:
     """Pictures with what `compute` makes of their pixels, in the order of their paths.
 
     Reading and decoding begins at the call. `make_compute` is called here, in the caller's thread, when the first
@@ -98,7 +96,22 @@ def process(
             executor.shutdown(wait=True, cancel_futures=True)
 
     submit(window)
-    return give()
+    return Stream(give(), executor)
+
+
+class Stream(Iterator[Picture]):
+    """Pictures as they come; `close` ends the threads, also where not one was asked for."""
+
+    def __init__(self, pictures: Generator[Picture, None, None], executor: ThreadPoolExecutor) -> None:
+        self._pictures, self._executor = pictures, executor
+
+    def __next__(self) -> Picture:
+        return next(self._pictures)
+
+    def close(self) -> None:
+        """Cancel what has not begun and wait for what has."""
+        self._pictures.close()
+        self._executor.shutdown(wait=True, cancel_futures=True)
 
 
 def batches(stream: Iterable[Picture], size: int = BATCH_SIZE) -> Iterator[list[Picture]]:

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from headstart import backbones, loading
+from headstart import backbones, embedders, loading
 from headstart import config as configs
 from headstart.backbones import Backbone, Spec
 from headstart.data import Task
@@ -30,7 +30,7 @@ from headstart.loading import Picture, Wanted
 from headstart.reading import find_pictures
 
 if TYPE_CHECKING:
-    from headstart.backbones import Embedder
+    from headstart.embedders import Embedder
 
 log = logging.getLogger(__name__)
 
@@ -120,8 +120,8 @@ class Classifier:
 
     def embedder(self, device: str = "auto", precision: str = "auto") -> Embedder:
         """The backbone ready to run on a device."""
-        where = backbones.resolve_device(device)
-        return backbones.prepare(self.backbone, where, backbones.resolve_precision(precision, where))
+        where = embedders.resolve_device(device)
+        return embedders.prepare(self.backbone, where, embedders.resolve_precision(precision, where))
 
     def predict(
         self,
@@ -144,7 +144,7 @@ class Classifier:
         return self._predict(files, stream, track)
 
     def _predict(
-        self, files: Sequence[str | os.PathLike[str]], stream: Generator[Picture, None, None], track: Any
+        self, files: Sequence[str | os.PathLike[str]], stream: loading.Stream, track: Any
     ) -> Generator[Prediction, None, None]:
         try:
             for picture in track(stream, len(files)):

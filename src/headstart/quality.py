@@ -26,6 +26,7 @@ LARGEST_GROUP_SHARE = 0.05
 SMALL_CLASS = 10
 IMBALANCE = 10.0
 RARE_SHARE = 0.01
+CROWD = 100
 
 
 @dataclass(frozen=True)
@@ -128,15 +129,18 @@ def find_duplicates(
             pairs.add((first, index))
     unique = np.array(sorted(first_with.values()), dtype=np.int64)
     bits = np.unpackbits(hashes[unique], axis=1)
-    words, grey = hashes[unique].view(np.uint64), thumbnails[unique].reshape(len(unique), -1).astype(np.int16)
+    words, grey = hashes[unique].view(np.uint64), thumbnails[unique].reshape(len(unique), 256).astype(np.int16)
     for band in np.array_split(np.arange(bits.shape[1]), HASH_BITS + 1):
         keys = np.packbits(bits[:, band], axis=1)
         for members in _runs(keys):
-            for place, member in enumerate(members[:-1]):
-                others = members[place + 1 :]
+            waiting = members
+            while len(waiting) > 1:
+                member, others = waiting[0], waiting[1:]
                 near = others[_count_bits(words[others] ^ words[member]) <= HASH_BITS]
                 near = near[np.abs(grey[near] - grey[member]).mean(1) <= GREY_LEVELS]
                 pairs.update((int(unique[member]), int(unique[other])) for other in near)
+                # Of a crowd, such as a camera's empty frames, those that hang on the first need no more comparing.
+                waiting = np.setdiff1d(others, near) if len(members) > CROWD else others
     return sorted(pairs)
 
 
@@ -174,17 +178,21 @@ def _components(count: int, pairs: Iterable[tuple[int, int]]) -> list[list[int]]
 def _group(
     samples: Sequence[Sample], pairs: Iterable[tuple[int, int]]
 ) -> tuple[dict[str, str], list[tuple[Sample, ...]]]:
-    """(source -> group of more than one picture, the groups too large to be kept together)."""
+    """(source -> group of more than one picture, the sets over 5 % of the data).
+
+    In such a set near-duplicates are not kept together: they may be a chain of what only looks alike. Groups that the
+    user gave always are.
+    """
     first_of: dict[str, int] = {}
     given = [(first_of.setdefault(s.group, i), i) for i, s in enumerate(samples) if s.group]
-    groups: dict[str, str] = {}
-    too_large = []
-    for group in _components(len(samples), [*pairs, *given]):
-        if len(group) > max(2, LARGEST_GROUP_SHARE * len(samples)):
-            too_large.append(tuple(samples[index] for index in group))
-        else:
-            groups.update((samples[index].source, samples[group[0]].source) for index in group)
-    return groups, too_large
+    limit = max(2, LARGEST_GROUP_SHARE * len(samples))
+    too_large = [group for group in _components(len(samples), [*pairs, *given]) if len(group) > limit]
+    crowded = {index for group in too_large for index in group}
+    kept = [*given, *(pair for pair in pairs if pair[0] not in crowded)]
+    groups = {
+        samples[index].source: samples[group[0]].source for group in _components(len(samples), kept) for index in group
+    }
+    return groups, [tuple(samples[index] for index in group) for group in too_large]
 
 
 def _unreadable_findings(unreadable: dict[str, str]) -> Iterable[Finding]:
@@ -218,8 +226,8 @@ def _duplicate_findings(
 
 def _group_findings(too_large: Iterable[tuple[Sample, ...]]) -> Iterable[Finding]:
     for group in too_large:
-        message = f"{len(group)} pictures hang together as one group, over 5 % of the data: it is not kept in one role"
-        remedy = "Check whether they really are one."
+        message = f"{len(group)} pictures hang together, over 5 % of the data: only given groups are kept in one role"
+        remedy = "Check whether they really are duplicates."
         yield Finding("large group", "warning", message, remedy, tuple(sample.source for sample in group))
 
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headstart import backbones, features, loading, plan, quality, reading, runs, splits
+from headstart import backbones, embedders, features, loading, plan, quality, reading, runs, splits
 from headstart import config as configs
 from headstart.backbones import Backbone, Spec
 from headstart.config import RunConfig
@@ -221,12 +221,12 @@ def look(
     chosen: dict[str, Any] = {}
 
     def find_format() -> str:
-        chosen["device"] = backbones.resolve_device(config.model.device)
-        chosen["precision"] = backbones.resolve_precision(config.model.precision, chosen["device"])
+        chosen["device"] = embedders.resolve_device(config.model.device)
+        chosen["precision"] = embedders.resolve_precision(config.model.precision, chosen["device"])
         return f"{chosen['precision']}-{chosen['device'].type}"
 
     def make_embedder() -> loading.Compute:
-        return backbones.prepare(load(), chosen["device"], chosen["precision"])
+        return embedders.prepare(load(), chosen["device"], chosen["precision"])
 
     with features.open_cache(config.train.cache, _cache_folder(), spare_cache) as cache:
         paths = [dataset.path(source) for source in dataset.sources]

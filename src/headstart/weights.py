@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -82,7 +83,8 @@ def fetch(name: str, origin: Origin, folder: Path) -> Path:
         for file in origin.files:
             try:
                 return _download(origin.address(file), own_place(origin, file, folder))
-            except OSError as error:  # urllib's errors are of this family; a missing file is tried by its other name
+            # urllib's errors are of these families; a file that is not there is tried by its other name
+            except (OSError, HTTPException) as error:
                 reason = str(getattr(error, "reason", "") or error) or type(error).__name__
     raise missing(name, origin, folder, f"could not be fetched ({' '.join(reason.split())[:120]})")
 
@@ -94,8 +96,11 @@ def _download(address: str, target: Path) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(address, timeout=TIMEOUT_SECONDS) as answer, partial.open("wb") as file:  # noqa: S310
+            expected = (getattr(answer, "headers", None) or {}).get("Content-Length")
             while block := answer.read(2**20):
                 file.write(block)
+        if expected is not None and partial.stat().st_size != int(expected):
+            raise OSError(f"broke off after {partial.stat().st_size} of {expected} bytes")
         prefix = re.search(r"-([0-9a-f]{8,})\.", target.name)  # torch's convention: the SHA-256 is in the name
         if prefix and not digest(partial).startswith(prefix.group(1)):
             raise OSError("the checksum is wrong")
