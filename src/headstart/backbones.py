@@ -112,6 +112,10 @@ class Backbone:
     @functools.cached_property
     def network(self) -> nn.Module:
         """The network with its weights, without its last layer."""
+        from headstart import lite
+
+        if self.spec.architecture in lite.ARCHITECTURES and not self.spec.arguments:
+            return lite.build(self.state).eval().requires_grad_(False)
         network, _ = _build(self.spec, self.state)
         return network
 
