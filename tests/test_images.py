@@ -444,3 +444,13 @@ def test_facts_do_not_depend_on_the_format_of_the_file():
     facts = [describe(open_image(encoded(image, format))) for format in ("PNG", "BMP", "TIFF")]
     assert all((other.hash == facts[0].hash).all() for other in facts)
     assert all((other.thumbnail == facts[0].thumbnail).all() for other in facts)
+
+
+@pytest.mark.parametrize("size", [(80, 64), (33, 200), (500, 375), (8, 8)])
+def test_the_hash_is_the_perceptual_hash_of_imagehash(size):
+    imagehash = pytest.importorskip("imagehash")
+    noise = np.random.default_rng(size).integers(0, 255, (6, 5, 3), dtype=np.uint8)
+    picture = Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
+    grey = picture.convert("L").resize((128, 128), Image.Resampling.BOX)
+    expected = imagehash.phash(grey, hash_size=16).hash
+    assert (np.unpackbits(describe(picture).hash).reshape(16, 16) == expected).all()

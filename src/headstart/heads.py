@@ -7,6 +7,7 @@ and class means fold into one `nn.Linear`, their scaling included; kNN is a modu
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from headstart.metrics import find_temperature
 KINDS = ("logistic", "svm", "means", "knn")
 # Strengths are tuned on at most so many pictures: more move the choice little and cost much.
 TUNING_PICTURES = 10_000
+HISTORY, MOST_STEPS, MOST_HALVINGS, TOLERANCE = 10, 300, 12, 1e-7  # of L-BFGS
 
 
 class NearestNeighbours(nn.Module):
@@ -221,33 +223,69 @@ def _binary_cross_entropy(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _minimise(problem: _Problem, loss: Loss, strength: float, start: Tensor | None) -> Tensor:
-    """Weights (dim + 1, folds + 1, classes), bias last, that minimise mean loss + strength / 2 x squared weights."""
-    from scipy.optimize import minimize
-    from threadpoolctl import threadpool_limits
+    """Weights (dim + 1, folds + 1, classes), bias last, that minimise mean loss + strength / 2 x squared weights.
 
+    L-BFGS (Nocedal and Wright, 2006, algorithm 7.5) on all folds at once, each with its own curvature and step length.
+    scipy's takes as long to import as this takes to run.
+    """
     share = problem.trains().float()
     share /= share.sum(0)
-    dim, parts = problem.x.shape[1], share.shape[1]
-    shape = (dim + 1, parts, problem.classes)
 
-    def objective(flat: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        weights = torch.from_numpy(flat).float().view(dim + 1, -1)
-        logits = torch.addmm(weights[-1], problem.x, weights[:-1]).view(-1, parts, problem.classes)
-        losses, slope = loss(logits, problem.y)
-        slope = (slope * share[:, :, None]).view(len(slope), -1)
-        gradient = torch.empty_like(weights)
-        torch.mm(problem.x.T, slope, out=gradient[:-1]).add_(weights[:-1], alpha=strength)
-        gradient[-1] = slope.sum(0)
-        value = (losses * share).sum().item() + strength / 2 * weights[:-1].square().sum().item()
-        return value, gradient.view(-1).double().numpy()
+    def evaluate(weights: Tensor) -> tuple[Tensor, Tensor]:
+        logits = torch.addmm(weights[-1].flatten(), problem.x, weights[:-1].flatten(1)).view(-1, *weights.shape[1:])
+        losses, slopes = loss(logits, problem.y)
+        slopes = (slopes * share[:, :, None]).flatten(1)
+        gradient = torch.cat((problem.x.T @ slopes, slopes.sum(0)[None])).view_as(weights)
+        gradient[:-1].add_(weights[:-1], alpha=strength)
+        penalty = weights[:-1].square().sum((0, 2)) * (strength / 2)
+        return (losses * share).sum(0, dtype=torch.float64) + penalty, gradient
 
-    first = torch.zeros(shape) if start is None else start.expand(shape)
-    # A strong penalty keeps the logits small; the temperature then magnifies what a loose end leaves of the error.
-    options = {"maxiter": 300, "maxcor": 12, "ftol": 1e-6 if strength < 1 else 1e-9, "gtol": 1e-6}
-    # scipy's own threads, waiting busily for work, would take the cores from torch's: 13 times slower, measured.
-    with threadpool_limits(1, user_api="blas"):
-        found = minimize(objective, first.reshape(-1).double().numpy(), jac=True, method="L-BFGS-B", options=options)
-    return torch.from_numpy(found.x).float().view(shape)
+    shape = (problem.x.shape[1] + 1, share.shape[1], problem.classes)
+    weights = torch.zeros(shape) if start is None else start.expand(shape).clone()
+    value, gradient = evaluate(weights)
+    history: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=HISTORY)
+    quiet = 0
+    for _ in range(MOST_STEPS):
+        direction = _direction(gradient, history)
+        slope = _dot(direction, gradient)
+        length = torch.ones(shape[1]) if history else 1 / _dot(gradient, gradient).sqrt().clamp_min(1)
+        for _ in range(MOST_HALVINGS):
+            moved = weights + length[:, None] * direction
+            new_value, new_gradient = evaluate(moved)
+            # What float32 cannot tell apart counts as no rise.
+            risen = new_value > value + 1e-4 * length * slope + 1e-7 * value.abs()
+            if not risen.any():
+                break
+            length = torch.where(risen, length / 2, length)
+        change, bend = moved - weights, new_gradient - gradient
+        curvature = _dot(change, bend)
+        history.append((change, bend, torch.where(curvature > 1e-12, 1 / curvature, 0.0)))
+        quiet = quiet + 1 if bool((value - new_value <= TOLERANCE * new_value.abs()).all()) else 0
+        weights, value, gradient = moved, new_value, new_gradient
+        if quiet == 2:
+            break
+    return weights
+
+
+def _direction(gradient: Tensor, history: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """Where to go down: the gradient through the curvature that the last steps have met."""
+    direction, kept = -gradient, []
+    for change, bend, inverse in reversed(history):
+        part = inverse * _dot(change, direction)
+        direction = direction - part[:, None] * bend
+        kept.append(part)
+    if history:
+        change, bend, _ = history[-1]
+        scale = _dot(change, bend) / _dot(bend, bend).clamp_min(1e-30)
+        direction = direction * torch.where(scale > 0, scale, 1.0)[:, None]
+    for (change, bend, inverse), part in zip(history, reversed(kept), strict=True):
+        direction = direction + (part - inverse * _dot(bend, direction))[:, None] * change
+    return direction
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Scalar products by fold, (folds + 1,)."""
+    return (a * b).sum((0, 2))
 
 
 def _solve_logistic(problem: _Problem, strength: float, start: Tensor | None = None) -> Tensor:

@@ -221,6 +221,10 @@ class Preprocess:
         return values.sub_(mean * 255).div_(std * 255)
 
 
+# The first 16 waves of the cosine transform (DCT-II) of 64 values.
+_COSINES = np.cos(np.pi / 64 * np.arange(16)[:, None] * (np.arange(64) + 0.5))
+
+
 @dataclass(frozen=True)
 class Facts:
     """What an audit needs of a picture: its size, a perceptual hash and a grey thumbnail."""
@@ -234,11 +238,11 @@ class Facts:
 def describe(image: Image.Image) -> Facts:
     """The facts of an upright RGB picture.
 
-    The hash is imagehash's perceptual hash of 256 bits: with 64, X-rays of different people collide.
+    The hash is the perceptual hash of the package imagehash, with 256 bits: with 64, X-rays of different people
+    collide. A test holds the two together bit for bit; the package imports scipy for it, which takes 0.7 s.
     """
-    import imagehash
-
     grey = image.convert("L").resize((128, 128), Image.Resampling.BOX)
-    bits = np.packbits(imagehash.phash(grey, hash_size=16).hash)
+    waves = _COSINES @ np.asarray(grey.resize((64, 64), Image.Resampling.LANCZOS)) @ _COSINES.T
+    bits = np.packbits(waves > np.median(waves))
     thumbnail = np.asarray(grey.resize((16, 16), Image.Resampling.BOX))
     return Facts(image.width, image.height, bits, thumbnail)

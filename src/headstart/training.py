@@ -342,7 +342,7 @@ def _without_duplicates(report: Sequence[Sample], fitted: Sequence[Sample], audi
 
 
 def _environment(spec: Spec, view: View, seconds: dict[str, float]) -> dict[str, Any]:
-    packages = ("headstart", "torch", "torchvision", "timm", "pillow", "numpy", "scipy", "safetensors")
+    packages = ("headstart", "torch", "torchvision", "timm", "pillow", "numpy", "safetensors")
     return {
         "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}},
         "platform": platform.platform(),
