@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from common import write_pictures
-from headstart import backbones, features, loading
+from headstart import backbones, embedders, features, loading
 from headstart.images import open_image
 
 AIM = 0.70
@@ -31,9 +31,9 @@ def main() -> None:
     given = parser.parse_args()
 
     located = backbones.locate("auto")
-    device = backbones.resolve_device("auto")
-    precision = backbones.resolve_precision("auto", device)
-    embedder = backbones.prepare(backbones.load(located), device, precision)
+    device = embedders.resolve_device("auto")
+    precision = embedders.resolve_precision("auto", device)
+    embedder = embedders.prepare(backbones.load(located), device, precision)
     size = located.spec.preprocess.size
     # Threads decode so many pictures ahead (as in `loading.process`). When the first picture is delivered they are
     # decoded already, and for as many at the end nothing is left to decode: the steady state stops before those.
@@ -67,7 +67,7 @@ def main() -> None:
     print(f"\nThe steady state should be {AIM:.2f} of the bare forward pass or more.")
 
 
-def time_forward(embedder: backbones.Embedder, pixels: np.ndarray, count: int) -> float:
+def time_forward(embedder: embedders.Embedder, pixels: np.ndarray, count: int) -> float:
     """Pictures per second of the network alone, with as many threads as `loading.process` has."""
     size, batches = loading.BATCH_SIZE, -(-count // loading.BATCH_SIZE)
     starts = [number * size % (len(pixels) - size + 1) for number in range(batches)]
@@ -80,7 +80,7 @@ def time_forward(embedder: backbones.Embedder, pixels: np.ndarray, count: int) -
 
 
 def time_extract(
-    paths: list[Path], spec: backbones.Spec, embedder: backbones.Embedder, form: str, cache: Path
+    paths: list[Path], spec: backbones.Spec, embedder: embedders.Embedder, form: str, cache: Path
 ) -> list[float]:
     """When `features.extract` delivered each picture."""
     times: list[float] = []

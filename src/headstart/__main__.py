@@ -1,6 +1,6 @@
 """`python -m headstart`."""
 
-from headstart.cli import main
+from headstart.cli import run
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run()

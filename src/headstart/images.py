@@ -239,7 +239,7 @@ def describe(image: Image.Image) -> Facts:
     """The facts of an upright RGB picture.
 
     The hash is the perceptual hash of the package imagehash, with 256 bits: with 64, X-rays of different people
-    collide. A test holds the two together bit for bit; the package imports scipy for it, which takes 0.7 s.
+    collide. A test holds the two together; the package imports scipy for it, which takes 0.7 s.
     """
     grey = image.convert("L").resize((128, 128), Image.Resampling.BOX)
     waves = _COSINES @ np.asarray(grey.resize((64, 64), Image.Resampling.LANCZOS)) @ _COSINES.T
