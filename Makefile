@@ -28,6 +28,7 @@ format: $(TOOLS)
 # The measurements of the README: minutes to an hour, one after the other.
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/ants_bees.py
+	$(BIN)/python benchmarks/sets.py
 	$(BIN)/python benchmarks/throughput.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/start.py

@@ -68,9 +68,9 @@ def test_importing_needs_no_torch(module):
 @pytest.mark.parametrize("module", MODULES)
 def test_files_and_functions_keep_their_size(module):
     text = (SOURCE / f"{module}.py").read_text()
-    assert text.count("\n") < 560
+    assert text.count("\n") <= 500
     functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
-    assert {f.name: f.end_lineno - f.lineno for f in functions if f.end_lineno - f.lineno > 65} == {}
+    assert {f.name: f.end_lineno - f.lineno for f in functions if f.end_lineno - f.lineno >= 60} == {}
 
 
 def test_nothing_loads_pickles_or_trains_outside_the_engine():

@@ -113,9 +113,11 @@ def test_bad_input_gives_one_line_and_its_status(
     assert [status, line] == known[case]
 
 
-def test_debug_shows_the_traceback():
-    with pytest.raises(Exception, match="nowhere"):
-        cli.main(["train", "nowhere", "--debug"])
+def test_debug_shows_the_traceback_and_keeps_the_status(capsys):
+    status, _, err = call(capsys, "train", "nowhere", "--debug")
+    assert status == 2
+    assert "Traceback" in err
+    assert last_line(err).startswith("error: data: nowhere")
 
 
 # Training

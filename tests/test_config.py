@@ -205,7 +205,7 @@ def test_a_written_configuration_is_read_as_the_same(tmp_path):
         None, {"seed": 9, "report_share": 0.35, "task": "multi", "images": 'a "b"\\c\n狗', "backbone": "x"}
     )
     path = tmp_path / "config.toml"
-    config.write(before, {"data": "/pictures", "fingerprint": "f" * 64}, path)
+    path.write_text(config.to_toml(before, {"data": "/pictures", "fingerprint": "f" * 64}), encoding="utf-8")
     assert resolve(path) == before
     assert config.read_facts(path) == {"data": "/pictures", "fingerprint": "f" * 64}
     assert set(config.tomllib.loads(path.read_text(encoding="utf-8"))) == {"run", "data", "model", "train", "evaluate"}
@@ -217,7 +217,7 @@ def test_facts_of_a_file_that_users_wrote_are_none(toml):
 
 def test_a_setting_can_be_changed_in_a_written_configuration(tmp_path):
     path = tmp_path / "config.toml"
-    config.write(resolve(None, {"seed": 9, "folds": 3}), {"data": "x"}, path)
+    path.write_text(config.to_toml(resolve(None, {"seed": 9, "folds": 3}), {"data": "x"}), encoding="utf-8")
     assert resolve(path, {"seed": 1}) == resolve(None, {"seed": 1, "folds": 3})
 
 
@@ -230,7 +230,7 @@ def test_a_setting_can_be_changed_in_a_written_configuration(tmp_path):
 @settings(max_examples=50, deadline=None)
 def test_any_path_is_written_and_read_as_the_same(tmp_path_factory, name):
     path, text = tmp_path_factory.mktemp("run") / "config.toml", os.fsdecode(name)
-    config.write(resolve(None, {"images": text}), {"data": text}, path)
+    path.write_text(config.to_toml(resolve(None, {"images": text}), {"data": text}), encoding="utf-8")
     assert config.read_facts(path) == {"data": text}
     assert resolve(path).data.images == text
 

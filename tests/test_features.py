@@ -430,7 +430,7 @@ def test_two_extractions_at_once_agree(tmp_path, own_cache):
 
 
 def test_the_least_recently_used_shards_are_the_first_to_go(tmp_path):
-    store = Store(tmp_path / "key")
+    store = Store(tmp_path / ("0" * 32 + "-float32-cpu"))
     for number in range(4):
         store.append(digests_of(number), {"vector": np.full((1, 1000), number, np.float32)})
     places = store.index()
@@ -444,7 +444,7 @@ def test_the_least_recently_used_shards_are_the_first_to_go(tmp_path):
 
 
 def test_a_cache_within_its_limit_stays_whole(tmp_path):
-    store = Store(tmp_path / "key")
+    store = Store(tmp_path / ("0" * 32 + "-float32-cpu"))
     store.append(digests_of(1), {"vector": np.ones((1, 10), np.float32)})
     store.append(digests_of(2), {"vector": np.ones((1, 10), np.float32)})
     tidy(tmp_path, sum(file.stat().st_size for file in store.folder.iterdir()))
@@ -452,13 +452,22 @@ def test_a_cache_within_its_limit_stays_whole(tmp_path):
 
 
 def test_what_killed_runs_left_behind_goes_and_what_is_being_written_stays(tmp_path):
-    folder = tmp_path / "key"
+    folder = tmp_path / ("0" * 32 + "-float32-cpu")
     folder.mkdir()
-    for name, age in (("old.partial", 2 * 3600), ("new.partial", 10), ("notes.txt", 10**6)):
+    old, new = (f".{letter * 64}.safetensors.1-2.partial" for letter in "ab")
+    for name, age in ((old, 2 * 3600), (new, 10), ("notes.txt", 10**6), ("old.partial", 10**6)):
         (folder / name).write_text("x")
         os.utime(folder / name, (time.time() - age,) * 2)
     tidy(tmp_path, 0)
-    assert sorted(file.name for file in folder.iterdir()) == ["new.partial", "notes.txt"]
+    assert sorted(file.name for file in folder.iterdir()) == sorted([new, "notes.txt", "old.partial"])
+
+
+def test_tidying_a_named_folder_leaves_what_is_not_ours(tmp_path):
+    model = tmp_path / "llama" / "model.safetensors"
+    model.parent.mkdir()
+    model.write_bytes(b"x" * 1000)
+    tidy(tmp_path, 10)
+    assert model.exists()
 
 
 def test_an_extraction_keeps_the_cache_within_its_limit(tmp_path, own_cache, network, monkeypatch):

@@ -352,7 +352,7 @@ def test_a_format_that_few_files_have_is_odd_and_jpeg_is_jpg():
 def test_what_was_left_out_or_noticed_while_reading_is_told():
     audit = audit_of(numbered(20), ignored=(("notes.txt", "is no picture"),), notices=("a link was not followed",))
     assert {(finding.kind, finding.severity) for finding in audit.findings} == {
-        ("reading", "note"),
+        ("reading", "warning"),
         ("left out", "note"),
     }
     assert "notes.txt: is no picture" in of_kind(audit, "left out")[0].message

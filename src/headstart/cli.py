@@ -112,6 +112,7 @@ def evaluate(
     """
     from headstart import training
 
+    _check_place(json)
     with _progress() as track:
         result = training.evaluate(run, data, track=track, **_given(settings))
     for source, why in result.unreadable.items():
@@ -122,7 +123,7 @@ def evaluate(
         _say("whether these pictures were used for training is not known")
     print(_figures(result))
     if json is not None:
-        _write(json, _dump(result.to_json()) + "\n")
+        _write(json, result.to_json())
 
 
 @app.command
@@ -184,11 +185,12 @@ def audit(
     """
     from headstart import training
 
+    _check_place(json)
     with _progress() as track:
         result = training.audit(data, track=track, **_given(settings))
     print(_findings(result))
     if json is not None:
-        _write(json, _dump(result.to_json()) + "\n")
+        _write(json, result.to_json())
 
 
 @app.command
@@ -225,7 +227,7 @@ def demo(*, out: str = "runs/demo") -> None:
     with _progress() as track:
         run, predictions = demonstration.demo(out, track=track)
     print(_summary(run, _shown(os.path.join(out, "digits"))))
-    print("\n" + _draw(predictions))
+    print("\n" + demonstration.draw(predictions))
     print("\nNow with your own pictures, a folder for each class:\n")
     print("  headstart train PICTURES --out runs/mine")
     print("  headstart predict runs/mine PICTURE...")
@@ -251,7 +253,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status if isinstance(status, int) else 0
     except (Exception, KeyboardInterrupt) as error:
         if debug:
-            raise
+            import traceback
+
+            traceback.print_exception(error)
         return _report(error, words)
 
 
@@ -327,15 +331,21 @@ def _shown(text: str) -> str:
     return "".join(c if c.isprintable() or "\udc80" <= c <= "\udcff" else repr(c)[1:-1] for c in text)
 
 
-def _dump(values: Any) -> str:
-    return json.dumps(values, indent=2)
+def _check_place(path: Path | None) -> None:
+    """Find out before the work that a file cannot be written after it."""
+    if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+        raise RunError(path, "cannot be written", "Give a file in a folder that you may write to.")
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, values: Any) -> None:
     try:
-        path.write_text(text, encoding="utf-8", errors="surrogateescape")
+        path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
-        raise RunError(path, f"cannot be written ({error.strerror})", "Give a file that you may write to.") from error
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> RunError:
+    return RunError(path, f"cannot be written ({error.strerror})", "Give a file that you may write to.")
 
 
 @contextlib.contextmanager
@@ -346,7 +356,7 @@ def _output(path: Path | None) -> Iterator[TextIO]:
     try:
         file = path.open("w", encoding="utf-8", errors="surrogateescape", newline="")
     except OSError as error:
-        raise RunError(path, f"cannot be written ({error.strerror})", "Give a file that you may write to.") from error
+        raise _unwritable(path, error) from error
     with file:
         yield file
 
@@ -385,7 +395,8 @@ def _lines(items: Iterable[Picture], total: int) -> Iterator[Picture]:
 
 
 def _summary(run: Run, data: str) -> str:
-    audit, result, head = run.audit, run.evaluation, run.classifier.provenance["head"]
+    audit, result = run.audit, run.evaluation
+    tried = ", ".join(f"{head['kind']} {head['log_loss']:.3f}" for head in run.classifier.provenance["heads"])
     counts = audit.to_json()["counts"]
     grave = [finding for finding in audit.findings if finding.severity != "note"]
     lines = [f"{'left out' if f.kind == 'unreadable' else f.severity}: {_shown(f.message)}" for f in grave[:NAMED]]
@@ -395,7 +406,7 @@ def _summary(run: Run, data: str) -> str:
         f"{len(audit.clean.samples)} pictures, {len(run.classifier.classes)} classes; "
         f"{len(result.sources)} kept for the report",
         f"audit: {counts['error']} errors, {counts['warning']} warnings, {counts['note']} notes",
-        f"plan:  {run.plan.strategy}, head {head['kind']} by {run.plan.phases[0].folds}-fold cross-validation",
+        f"plan:  {run.plan.strategy}; {run.plan.phases[0].folds}-fold log-loss of heads: {tried}",
         "",
         _figures(result),
     ]
@@ -477,17 +488,3 @@ def _csv_row(prediction: Prediction, classes: Sequence[str], top: int | None) ->
     if top is None:
         return row + [f"{prediction.probabilities[label]:.6g}" for label in classes]
     return row + [cell for label, p in list(prediction.probabilities.items())[:top] for cell in (label, f"{p:.6g}")]
-
-
-def _draw(predictions: Sequence[Prediction]) -> str:
-    """Pictures side by side in characters, two pixels to one, over what they were taken for."""
-    import numpy as np
-
-    from headstart.images import open_image
-
-    shades, width, blocks = "@%#*+=-:. ", 16, []
-    for prediction in predictions:
-        grey = np.asarray(open_image(prediction.source).convert("L").resize((width, width // 2)))
-        rows = ["".join(shades[int(value) * len(shades) // 256] for value in row) for row in grey]
-        blocks.append([*rows, f"{prediction.label}  {prediction.confidence:.1%}".ljust(width)])
-    return "\n".join("   ".join(parts) for parts in zip(*blocks, strict=True))

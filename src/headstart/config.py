@@ -164,15 +164,15 @@ def flatten(config: RunConfig) -> dict[str, Any]:
     return {name: getattr(getattr(config, entry.section), name) for name, entry in settings().items()}
 
 
-def write(config: RunConfig, facts: Mapping[str, str], path: Path) -> None:
-    """Write a configuration as TOML, with facts of the run (path and fingerprint of the data) in their own section."""
+def to_toml(config: RunConfig, facts: Mapping[str, str]) -> str:
+    """A configuration as TOML, with facts of the run (path and fingerprint of the data) in their own section."""
     import tomli_w
 
     tables: dict[str, Any] = {_RUN: {key: _toml_text(value) for key, value in facts.items()}}
     for section in dataclasses.fields(config):
         values = dataclasses.asdict(getattr(config, section.name))
         tables[section.name] = {key: _toml_text(value) for key, value in values.items()}
-    path.write_text(tomli_w.dumps(tables), encoding="utf-8")
+    return tomli_w.dumps(tables)
 
 
 def read_facts(path: Path) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 
 from headstart import training
 from headstart.features import Track
+from headstart.images import open_image
 from headstart.model import Prediction, predict
 
 PER_CLASS = 100
@@ -54,3 +56,13 @@ def write_digits(folder: Path) -> Path:
             grey = Image.fromarray((255 - values * (255 / 16)).round().astype(np.uint8))
             grey.resize((32, 32), Image.Resampling.BICUBIC).save(folder / str(digit) / f"{number:03}.png")
     return folder
+
+
+def draw(predictions: Sequence[Prediction]) -> str:
+    """Pictures side by side in characters, two pixels to one, over what they were taken for."""
+    shades, width, blocks = "@%#*+=-:. ", 16, []
+    for prediction in predictions:
+        grey = np.asarray(open_image(prediction.source).convert("L").resize((width, width // 2)))
+        rows = ["".join(shades[int(value) * len(shades) // 256] for value in row) for row in grey]
+        blocks.append([*rows, f"{prediction.label}  {prediction.confidence:.1%}".ljust(width)])
+    return "\n".join("   ".join(parts) for parts in zip(*blocks, strict=True))

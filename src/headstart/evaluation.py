@@ -111,7 +111,7 @@ def _single(
     probabilities: NDArray[np.float64],
     decisions: NDArray[np.bool_],
     targets: NDArray[np.bool_],
-    weights: NDArray[np.float32],
+    weights: NDArray[np.uint16],
     grouped: bool,
 ) -> dict[str, Estimate]:
     truth, n = targets.argmax(1), len(targets)
@@ -131,7 +131,7 @@ def _multi(
     probabilities: NDArray[np.float64],
     decisions: NDArray[np.bool_],
     targets: NDArray[np.bool_],
-    weights: NDArray[np.float32],
+    weights: NDArray[np.uint16],
     grouped: bool,
 ) -> dict[str, Estimate]:
     n, defined = len(targets), _defined(targets)
@@ -157,7 +157,7 @@ def _by_class(
     classes: Sequence[str],
     decisions: NDArray[np.bool_],
     targets: NDArray[np.bool_],
-    weights: NDArray[np.float32],
+    weights: NDArray[np.uint16],
     grouped: bool,
 ) -> dict[str, dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import tempfile
 import time
 from collections import defaultdict
@@ -40,6 +41,7 @@ Track = Callable[[Iterable[Picture], int], Iterable[Picture]]
 
 CACHE_BYTES = 10 * 10**9
 SHARD_ROWS = 2048
+_OURS = re.compile(r"(facts-\d+|[0-9a-f]{32}-\w+-\w+)/\.?[0-9a-f]{64}\.safetensors(\..*\.partial)?")
 FACTS_KEY = "facts-1"  # counts up when `images.describe` or `images.open_image` change their results
 
 
@@ -155,6 +157,8 @@ def tidy(folder: Path, limit_bytes: int = CACHE_BYTES) -> None:
     """Delete the least recently used shards of a cache that is over its limit, and what killed runs left behind."""
     entries = []
     for file in folder.glob("*/*"):
+        if not _OURS.fullmatch(f"{file.parent.name}/{file.name}"):
+            continue  # somebody may have named a folder that holds other things
         try:
             status = file.stat()
         except FileNotFoundError:

@@ -102,7 +102,7 @@ def open_image(
         Image.MAX_IMAGE_PIXELS = limits.pixels  # Pillow's own limit would come first
     try:
         with Image.open(io.BytesIO(picture)) as image:
-            _check_size(image, limits, name)
+            _check_header(image, limits, name)
             image.load()
             return _upright(_to_rgb(image), _orientation(image))
     except UnreadableImage:
@@ -118,13 +118,21 @@ def open_image(
         raise UnreadableImage(name, why, "Replace it or leave it out.") from error
 
 
-def _check_size(image: Image.Image, limits: Limits, name: str | os.PathLike[str]) -> None:
+def _check_header(image: Image.Image, limits: Limits, name: str | os.PathLike[str]) -> None:
+    if image.format == "EPS":  # Pillow would start Ghostscript on it
+        raise UnreadableImage(name, "is PostScript, a program rather than a picture", "Save it as PNG.")
     width, height = image.size
     if width * height > limits.pixels:
         why = f"{width}x{height} is over the limit of {limits.pixels / 1e6:g} megapixels"
         raise UnreadableImage(name, why, "Make it smaller, or raise --limit-megapixels.")
     if width < 1 or height < 1:
         raise UnreadableImage(name, f"has the size {width}x{height}", "Replace it.")
+
+
+def check_limits(content: bytes, limits: Limits) -> None:
+    """Raise `UnreadableImage` for a picture, known to be readable, that is over limits; only its header is read."""
+    with Image.open(io.BytesIO(content)) as image:
+        _check_header(image, limits, "picture")
 
 
 def _orientation(image: Image.Image) -> int:

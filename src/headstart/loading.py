@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headstart.errors import UnreadableImage
-from headstart.images import Facts, Limits, Preprocess, describe, open_image, read_bytes
+from headstart.images import Facts, Limits, Preprocess, check_limits, describe, open_image, read_bytes
 
 # Enough for about 600 pictures of 224 pixels: what two cores decode while torch and timm are imported.
 LOOK_AHEAD_BYTES = 96 * 2**20
@@ -140,7 +140,9 @@ def _read(index: int, path: str | os.PathLike[str], wanted: Wanted) -> Picture:
         needs_facts = wanted.facts and digest not in wanted.known_facts
         pixels: NDArray[Any] | None = None
         facts = None
-        if needs_pixels or needs_facts:
+        if not (needs_pixels or needs_facts):
+            check_limits(content, wanted.limits)  # they may have been others when it was kept
+        else:
             image = open_image(content, wanted.limits, Path(path))
             pixels = wanted.preprocess.apply(image) if needs_pixels else None
             facts = describe(image) if needs_facts else None

@@ -20,7 +20,7 @@ Metric = Callable[[Floats], Floats]  # weights (resamples, n) -> values (resampl
 
 ECE_BINS = 15
 TINY = 1e-12
-_CHUNK_VALUES = 4_000_000  # weights in memory at a time
+_CHUNK_VALUES = 4_000_000  # weights that are worked on at a time
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ def wilson(successes: float, n: int) -> Estimate:
     return Estimate(p, min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half)), n)
 
 
-def draw_weights(strata: NDArray[np.int64], groups: Sequence[str], resamples: int, seed: int) -> NDArray[np.float32]:
-    """How often each picture is drawn in each resample, (resamples, n).
+def draw_weights(strata: NDArray[np.int64], groups: Sequence[str], resamples: int, seed: int) -> NDArray[np.uint16]:
+    """How often each picture is drawn in each resample, (resamples, n); of 16 bits, as there are many.
 
     Pictures are drawn within their stratum. Where groups are given (not all empty), whole groups are drawn instead;
     a picture without one is its own group.
@@ -64,20 +64,25 @@ def draw_weights(strata: NDArray[np.int64], groups: Sequence[str], resamples: in
         names: dict[str, int] = {}
         of_group = np.array([names.setdefault(g or f"\0{i}", len(names)) for i, g in enumerate(groups)])
         return _draw(random, resamples, len(names))[:, of_group]
-    weights = np.zeros((resamples, n), np.float32)
+    weights = np.zeros((resamples, n), np.uint16)
     for stratum in np.unique(strata):
         members = np.flatnonzero(strata == stratum)
         weights[:, members] = _draw(random, resamples, len(members))
     return weights
 
 
-def _draw(random: np.random.Generator, resamples: int, n: int) -> NDArray[np.float32]:
-    drawn = random.integers(0, n, (resamples, n), dtype=np.int32) + n * np.arange(resamples, dtype=np.int64)[:, None]
-    return np.bincount(drawn.ravel(), minlength=resamples * n).reshape(resamples, n).astype(np.float32)
+def _draw(random: np.random.Generator, resamples: int, n: int) -> NDArray[np.uint16]:
+    counts = np.empty((resamples, n), np.uint16)
+    step = max(1, _CHUNK_VALUES // n)
+    for start in range(0, resamples, step):
+        some = min(step, resamples - start)
+        drawn = random.integers(0, n, (some, n)) + n * np.arange(some)[:, None]
+        counts[start : start + some] = np.bincount(drawn.ravel(), minlength=some * n).reshape(some, n)
+    return counts
 
 
 def proportion(
-    hits: NDArray[np.bool_], weights: Floats, grouped: bool, among: NDArray[np.bool_] | None = None
+    hits: NDArray[np.bool_], weights: NDArray[Any], grouped: bool, among: NDArray[np.bool_] | None = None
 ) -> Estimate:
     """The share of hits (among some pictures), by Wilson's interval, or where groups are drawn, by bootstrap."""
     among = np.ones(len(hits), bool) if among is None else among
@@ -87,11 +92,12 @@ def proportion(
     return wilson(float((hits & among).sum()), n)
 
 
-def bootstrap(metric: Metric, weights: Floats, n: int) -> Estimate:
+def bootstrap(metric: Metric, weights: NDArray[Any], n: int) -> Estimate:
     """A metric's value, and its percentile interval over the resamples."""
     value = float(metric(np.ones((1, weights.shape[1]), np.float32))[0])
     step = max(1, _CHUNK_VALUES // max(1, weights.shape[1]))
-    values = np.concatenate([metric(weights[i : i + step]) for i in range(0, len(weights), step)])
+    chunks = (weights[i : i + step].astype(np.float32) for i in range(0, len(weights), step))
+    values = np.concatenate([metric(chunk) for chunk in chunks])
     values = values[~np.isnan(values)]
     if math.isnan(value) or not len(values):
         return Estimate(value, math.nan, math.nan, n)
@@ -213,16 +219,20 @@ def share(hits: NDArray[np.bool_], among: NDArray[np.bool_]) -> Metric:
 
 
 def find_temperature(logits: Floats, targets: NDArray[Any], multi: bool) -> tuple[float, float]:
-    """(the temperature by which logits are divided so that the log-loss is least, that log-loss) (Guo et al., 2017).
+    """(the temperature by which logits are divided so that the log-loss is least, the log-loss) (Guo et al., 2017).
 
     Args:
         logits: (n, classes), of pictures that the head was not fitted on.
         targets: (n,) class numbers, or (n, classes) with several labels a picture.
         multi: whether pictures have several labels.
     """
+    # Pictures that are all told apart would ask for a temperature of 0, and boundless confidence. In the spirit of
+    # Platt's scaling (Platt, 1999) one picture more is counted, which is as likely of one class as of another.
+    doubt = 1 / (len(logits) + 2)
 
     def loss(log_temperature: float) -> float:
-        return mean_loss(logits / math.exp(log_temperature), targets, multi)
+        scaled: Floats = logits / math.exp(log_temperature)
+        return float((1 - doubt) * mean_loss(scaled, targets, multi) + doubt * _doubtful_loss(scaled, multi))
 
     # Golden-section search; the log-loss has one minimum in 1/temperature.
     low, high, ratio = math.log(1e-3), math.log(1e3), (math.sqrt(5) - 1) / 2
@@ -237,7 +247,16 @@ def find_temperature(logits: Floats, targets: NDArray[Any], multi: bool) -> tupl
             low, left, loss_left = left, right, loss_right
             right = low + ratio * (high - low)
             loss_right = loss(right)
-    return math.exp((low + high) / 2), min(loss_left, loss_right)
+    temperature = math.exp((low + high) / 2)
+    return temperature, mean_loss(logits / temperature, targets, multi)
+
+
+def _doubtful_loss(logits: Floats, multi: bool) -> float:
+    """Mean log-loss where every class is as likely as another to be the right one."""
+    if multi:
+        return float(np.mean(np.logaddexp(0.0, logits.astype(np.float64)) - 0.5 * logits))
+    shifted = (logits - logits.max(1, keepdims=True)).astype(np.float64)
+    return float(np.mean(np.log(np.exp(shifted).sum(1)) - shifted.mean(1)))
 
 
 def mean_loss(logits: Floats, targets: NDArray[Any], multi: bool) -> float:

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -56,10 +57,10 @@ class Prediction:
 
     @property
     def confidence(self) -> float | dict[str, float]:
-        """The label's probability; with several labels a picture, label -> probability."""
+        """The label's probability (NaN without one); with several labels a picture, label -> probability."""
         if self.multi:
             return {label: self.probabilities[label] for label in self.labels}
-        return self.probabilities[self.labels[0]]
+        return self.probabilities[self.labels[0]] if self.labels else math.nan
 
     def to_json(self, top: int | None = None) -> dict[str, Any]:
         """The prediction as JSON values, with the `top` most probable classes."""

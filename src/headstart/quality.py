@@ -47,7 +47,7 @@ class Audit:
     findings: tuple[Finding, ...]
     clean: Dataset
     groups: dict[str, str]  # source -> group of near-duplicates and user-given groups that must not part
-    duplicates: tuple[tuple[str, str], ...]  # pairs of exact and near duplicates
+    duplicates: tuple[tuple[str, ...], ...]  # the sets of pictures that hang together as exact or near duplicates
 
     def to_json(self) -> dict[str, Any]:
         """The findings as JSON values."""
@@ -83,7 +83,7 @@ def inspect(
         _check_share(dataset, unreadable)
     clean = dataset.with_samples(sample for sample in dataset.samples if sample.source not in unreadable)
     pairs = find_duplicates(digests, facts["hash"], facts["thumbnail"]) if len(digests) else []
-    groups, too_large = _group(clean.samples, pairs)
+    groups, too_large = _group(clean.samples, pairs, digests)
     findings = [
         *_unreadable_findings(unreadable),
         *_duplicate_findings(clean.samples, pairs, digests),
@@ -93,8 +93,8 @@ def inspect(
         *_leftover_findings(dataset),
     ]
     findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))
-    named = tuple((clean.samples[a].source, clean.samples[b].source) for a, b in pairs)
-    return Audit(tuple(findings), clean, groups, named)
+    sets = tuple(tuple(clean.samples[i].source for i in group) for group in _components(len(clean.samples), pairs))
+    return Audit(tuple(findings), clean, groups, sets)
 
 
 def _check_share(dataset: Dataset, unreadable: dict[str, str]) -> None:
@@ -176,19 +176,19 @@ def _components(count: int, pairs: Iterable[tuple[int, int]]) -> list[list[int]]
 
 
 def _group(
-    samples: Sequence[Sample], pairs: Iterable[tuple[int, int]]
+    samples: Sequence[Sample], pairs: Iterable[tuple[int, int]], digests: Sequence[str]
 ) -> tuple[dict[str, str], list[tuple[Sample, ...]]]:
     """(source -> group of more than one picture, the sets over 5 % of the data).
 
-    In such a set near-duplicates are not kept together: they may be a chain of what only looks alike. Groups that the
-    user gave always are.
+    In such a set near-duplicates are not kept together: they may be a chain of what only looks alike. Equal files and
+    groups that the user gave always are.
     """
     first_of: dict[str, int] = {}
     given = [(first_of.setdefault(s.group, i), i) for i, s in enumerate(samples) if s.group]
-    limit = max(2, LARGEST_GROUP_SHARE * len(samples))
+    limit = max(5, LARGEST_GROUP_SHARE * len(samples))
     too_large = [group for group in _components(len(samples), [*pairs, *given]) if len(group) > limit]
     crowded = {index for group in too_large for index in group}
-    kept = [*given, *(pair for pair in pairs if pair[0] not in crowded)]
+    kept = [*given, *(pair for pair in pairs if pair[0] not in crowded or digests[pair[0]] == digests[pair[1]])]
     groups = {
         samples[index].source: samples[group[0]].source for group in _components(len(samples), kept) for index in group
     }
@@ -226,7 +226,7 @@ def _duplicate_findings(
 
 def _group_findings(too_large: Iterable[tuple[Sample, ...]]) -> Iterable[Finding]:
     for group in too_large:
-        message = f"{len(group)} pictures hang together, over 5 % of the data: only given groups are kept in one role"
+        message = f"{len(group)} pictures hang together, over 5 % of the data: look-alikes among them may part"
         remedy = "Check whether they really are duplicates."
         yield Finding("large group", "warning", message, remedy, tuple(sample.source for sample in group))
 
@@ -293,6 +293,6 @@ def _size_findings(dataset: Dataset, facts: dict[str, NDArray[Any]]) -> Iterable
 
 def _leftover_findings(dataset: Dataset) -> Iterable[Finding]:
     for notice in dataset.notices:
-        yield Finding("reading", "note", notice, "Check that this is meant.")
+        yield Finding("reading", "warning", notice, "Check that this is meant.")
     for source, why in dataset.ignored:
         yield Finding("left out", "note", f"{source}: {why}", "Nothing, if it is not meant to be used.", (source,))

@@ -71,6 +71,8 @@ def _read_folder(path: Path, config: DataConfig) -> Found:
         if table is not None:
             return read_table(table, config)
         if len({row[1] for row in rows}) > 1:
+            if any(row[0].count("/") > 1 for row in rows):
+                raise DataError(path, "has no training split", "Name one split folder train.")
             why = "holds pictures in split folders, but no class folders below them"
             raise DataError(path, why, "Put each class in its own folder below each split.")
     if config.task == "multi" and rows:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from headstart import config as configs
+from headstart import splits
 from headstart.config import RunConfig
-from headstart.data import Dataset
-from headstart.errors import ConfigError, RunError
+from headstart.data import Dataset, Sample, Task
+from headstart.errors import ConfigError, HeadstartError, RunError
 from headstart.files import write_whole
 
 LOCK = ".lock"
@@ -39,6 +40,19 @@ class RunFolder:
     def write_text(self, name: str, text: str) -> None:
         """Write a text file, whole or not at all; names that are not UTF-8 keep their bytes."""
         write_whole(self.path / name, text.encode("utf-8", "surrogateescape"))
+
+    def read_split(self) -> tuple[Path, Task, tuple[Sample, ...]]:
+        """(the root of the run's data, its task, its samples with their roles).
+
+        Raises:
+            RunError: where the folder holds no run.
+        """
+        facts = self.facts()
+        task: Task = "multi" if facts["task"] == "multi" else "single"
+        try:
+            return Path(facts["root"]), task, splits.read_split(self.path / "split.csv", task)
+        except OSError as error:
+            raise RunError(self.path, "holds no finished run (no split.csv)", "Run `headstart train` again.") from error
 
     def facts(self) -> dict[str, str]:
         """The data's path and fingerprint.
@@ -69,7 +83,8 @@ def open_run(
     Raises:
         RunError: for a folder that is another run's, finished, in use, not writable or not a run's.
     """
-    facts = {"data": os.path.abspath(data), "fingerprint": dataset.fingerprint}
+    facts = {"data": os.path.abspath(data), "root": os.path.abspath(dataset.root), "task": dataset.task}
+    facts["fingerprint"] = dataset.fingerprint
     path = Path(out) if out is not None else _next_folder(data, facts, config)
     with _locked(path):
         folder = RunFolder(path)
@@ -80,11 +95,17 @@ def open_run(
                 raise RunError(path, why, "Give another --out, or the same data and settings.")
             if folder.finished and not resume:
                 raise RunError(path, "holds this run, finished", "Give another --out, or --resume to keep it.")
-        elif any(entry.name != LOCK for entry in path.iterdir()):
+        elif any(entry.name != LOCK and not entry.name.endswith(".partial") for entry in path.iterdir()):
             raise RunError(path, "holds files that are no run's", "Give --out a new or empty folder.")
         else:
-            configs.write(config, facts, path / "config.toml")
-        yield folder
+            folder.write_text("config.toml", configs.to_toml(config, facts))
+        try:
+            yield folder
+        except HeadstartError as error:
+            # What was refused before any work leaves no run behind that the corrected command would differ from.
+            if error.exit_status == 2 and not (path / "plan.json").exists():
+                (path / "config.toml").unlink(missing_ok=True)
+            raise
 
 
 def differences(folder: RunFolder, facts: dict[str, str], config: RunConfig) -> list[str]:
@@ -108,10 +129,10 @@ def _locked(path: Path) -> Iterator[None]:
     """The folder made and locked; the lock goes with the process, however it ends."""
     from filelock import FileLock, Timeout
 
-    lock = FileLock(path / LOCK, blocking=False)
+    lock = FileLock(path / LOCK)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        lock.acquire(timeout=0)
     except Timeout as error:
         raise RunError(path, "another process is running in it", "Wait for it, or give another --out.") from error
     except OSError as error:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import dataclasses
 import hashlib
+import io
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from headstart.data import Dataset, Role, Sample
+from headstart.data import Dataset, Role, Sample, Task
+from headstart.files import write_whole
 
 COLUMNS = ("source", "label", "group", "role")
 
@@ -41,13 +43,24 @@ def assign_folds(samples: Sequence[Sample], groups: Mapping[str, str], folds: in
 
 
 def count_folds(samples: Sequence[Sample], groups: Mapping[str, str], wanted: int) -> int:
-    """As many folds as wanted, fewer where a class has fewer pictures or groups, at least two."""
+    """As many folds as wanted, fewer where a class has fewer pictures or groups; 0 where nothing can be held out."""
+    several = [count for count in _count_units(samples, groups).values() if count > 1]
+    return min([wanted, *several]) if several else 0
+
+
+def can_be_held_out(samples: Sequence[Sample], groups: Mapping[str, str]) -> list[bool]:
+    """For each sample, whether its classes have another picture or group: else nothing of them would be learned."""
+    units = _count_units(samples, groups)
+    return [all(units[label] > 1 for label in sample.labels) for sample in samples]
+
+
+def _count_units(samples: Sequence[Sample], groups: Mapping[str, str]) -> dict[str, int]:
+    """Pictures and groups that do not part, a class."""
     units: defaultdict[str, set[str]] = defaultdict(set)
     for sample in samples:
         for label in sample.labels:
             units[label].add(groups.get(sample.source, sample.source))
-    several = [len(members) for members in units.values() if len(members) > 1]
-    return max(2, min([wanted, *several]))
+    return {label: len(members) for label, members in units.items()}
 
 
 def _deal(
@@ -110,14 +123,20 @@ def _reserve(lacks: dict[str, list[float]], contents: Mapping[str, Counter[str]]
 
 def write_split(dataset: Dataset, path: Path) -> None:
     """Write `split.csv`: source, label, group, role; several labels are joined by |."""
-    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        for sample in dataset.samples:
-            writer.writerow((sample.source, "|".join(sample.labels), sample.group, sample.role))
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(COLUMNS)
+    for sample in dataset.samples:
+        writer.writerow((sample.source, "|".join(sample.labels), sample.group, sample.role))
+    write_whole(path, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
-def read_split(path: Path) -> dict[str, Role]:
-    """Source -> role of a `split.csv`."""
+def read_split(path: Path, task: Task) -> tuple[Sample, ...]:
+    """The samples of a `split.csv`."""
     with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-        return {row["source"]: row["role"] for row in csv.DictReader(file)}  # type: ignore[misc]
+        rows = list(csv.DictReader(file))
+    samples = []
+    for row in rows:
+        labels = tuple(filter(None, row["label"].split("|"))) if task == "multi" else (row["label"],)
+        samples.append(Sample(row["source"], labels, row["group"], row["role"]))  # type: ignore[arg-type]
+    return tuple(samples)

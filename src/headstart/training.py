@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
-import hashlib
+import logging
 import os
 import platform
 import sys
@@ -27,9 +27,10 @@ from headstart import config as configs
 from headstart.backbones import Backbone, Spec
 from headstart.config import RunConfig
 from headstart.data import Dataset, Sample, count_classes
-from headstart.errors import DataError, RunError, UnreadableImage
+from headstart.errors import DataError, RunError
 from headstart.features import Survey, Track
-from headstart.images import Limits, read_bytes
+from headstart.files import digest
+from headstart.images import Limits
 from headstart.plan import Plan, Situation
 from headstart.quality import Audit
 from headstart.runs import RunFolder
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from headstart.evaluation import Evaluation
     from headstart.heads import FittedHead
     from headstart.model import Classifier
+
+log = logging.getLogger(__name__)
 
 Data = str | os.PathLike[str] | Dataset
 
@@ -78,12 +81,17 @@ def train(
         HeadstartError: for settings, data, weights or folders that cannot be used, before any long work.
     """
     resolved = configs.resolve(config, settings)
+    if resolved.data.images:  # so that the run can be measured again from anywhere
+        images = dataclasses.replace(resolved.data, images=os.path.abspath(resolved.data.images))
+        resolved = dataclasses.replace(resolved, data=images)
     dataset, path = _read(data, resolved)
-    located = backbones.locate(resolved.model.backbone, resolved.model.weights)
-    load = functools.cache(lambda: backbones.load(located))
     with runs.open_run(out, path, dataset, resolved, resume) as folder:
         if folder.finished:
             return None
+        located = backbones.locate(resolved.model.backbone, resolved.model.weights)
+        for note in located.notes:
+            log.info("weights: %s", note)
+        load = functools.cache(lambda: backbones.load(located))
         if not located.packaged:
             load()  # weights that do not fit are found before long work
         return _conduct(folder, dataset, located.spec, load, resolved, track)
@@ -101,6 +109,9 @@ def _conduct(
     audit, dataset = _deal(given, view.survey, config)
     fitted, report = (*dataset.of_role("fit"), *dataset.of_role("select")), dataset.of_role("report")
     chosen = plan.decide(_situation(dataset, fitted, audit, config, view), config)
+    if not chosen.phases[0].folds:
+        why = "has no class with two pictures or groups for training: none can be held out to choose by"
+        raise DataError(given.root, why, "Add pictures, or give smaller groups.")
     folder.write_json("audit.json", audit.to_json())
     folder.write_json("plan.json", chosen.to_json())
     splits.write_split(dataset, folder.path / "split.csv")
@@ -175,11 +186,15 @@ def evaluate(
     stored = folder.path / "config.toml"
     config = configs.resolve(stored if stored.is_file() else None, settings)
     if data is None:
-        dataset = _stored_report(folder, config)
+        dataset = _stored_report(folder, classifier.classes)
     else:
         config = configs.resolve(None, settings)  # the run's settings say how its own data are read, not these
         dataset, _ = _read(data, config, classifier.classes)
-    view = look(dataset, classifier.backbone.spec, lambda: classifier.backbone, config, track)
+        odd = [sample for sample in dataset.samples if classifier.task == "single" and len(sample.labels) != 1]
+        if odd:
+            why = f"{odd[0].source!r} has {len(odd[0].labels)} labels, and the classifier gives one"
+            raise DataError(dataset.root, why, "Give a column `label`, or --task single.")
+    view = look(dataset, classifier.backbone.spec, lambda: classifier.backbone, config, track, limits=classifier.limits)
     samples = [sample for sample in dataset.samples if sample.source not in view.survey.unreadable]
     if not samples:
         source, why = next(iter(view.survey.unreadable.items()))
@@ -216,6 +231,7 @@ def look(
     config: RunConfig,
     track: Track,
     spare_cache: Path | None = None,
+    limits: Limits | None = None,
 ) -> View:
     """Open every picture of a data set once and compute its features, but for what the cache has."""
     chosen: dict[str, Any] = {}
@@ -226,12 +242,14 @@ def look(
         return f"{chosen['precision']}-{chosen['device'].type}"
 
     def make_embedder() -> loading.Compute:
-        return embedders.prepare(load(), chosen["device"], chosen["precision"])
+        embedder = embedders.prepare(load(), chosen["device"], chosen["precision"])
+        chosen["precision"] = str(embedder.dtype).removeprefix("torch.")  # float32 where the trial failed
+        return embedder
 
     with features.open_cache(config.train.cache, _cache_folder(), spare_cache) as cache:
         paths = [dataset.path(source) for source in dataset.sources]
         extracted, survey = features.extract(
-            paths, dataset.sources, spec, find_format, make_embedder, cache, _limits(config), track
+            paths, dataset.sources, spec, find_format, make_embedder, cache, limits or _limits(config), track
         )
     return View(extracted.matrix, survey, extracted.key, str(chosen["device"]), chosen["precision"])
 
@@ -292,12 +310,12 @@ def _fit(
     from headstart import evaluation, heads
 
     phase = chosen.phases[0]
-    tuned: Sequence[Sample] = fitted
-    if len(fitted) > heads.TUNING_PICTURES:
-        slices = splits.assign_folds(
-            fitted, audit.groups, -(-len(fitted) // heads.TUNING_PICTURES), config.train.seed + 1
-        )
-        tuned = [sample for sample, part in zip(fitted, slices, strict=True) if part == 0]
+    held_out = splits.can_be_held_out(fitted, audit.groups)
+    tuned = [sample for sample, can_be in zip(fitted, held_out, strict=True) if can_be]
+    if len(tuned) > heads.TUNING_PICTURES:
+        parts = -(-len(tuned) // heads.TUNING_PICTURES)
+        slices = splits.assign_folds(tuned, audit.groups, parts, config.train.seed + 1)
+        tuned = [sample for sample, part in zip(tuned, slices, strict=True) if part == 0]
     fold_of = dict(
         zip(
             (sample.source for sample in tuned),
@@ -316,13 +334,11 @@ def _assemble(
 ) -> Classifier:
     from headstart import evaluation, metrics, model
 
-    best = head.candidates[0]
     provenance = {
         "headstart": metadata.version("headstart"),
         "data": dataset.root.name,
         "pictures": len(fitted),
-        "head": {"kind": best.kind, "strength": best.strength},
-        "cross_validation": {"log_loss": best.log_loss, "accuracy": best.accuracy},
+        "heads": [dataclasses.asdict(candidate) for candidate in head.candidates],  # out of fold; the first was taken
     }
     classifier = model.Classifier(
         backbone, head.module, dataset.classes, dataset.task, head.temperature, (), _limits(config), provenance
@@ -337,7 +353,7 @@ def _assemble(
 def _without_duplicates(report: Sequence[Sample], fitted: Sequence[Sample], audit: Audit) -> list[Sample]:
     """The report pictures that have no duplicate among those fitted on."""
     trained = {sample.source for sample in fitted}
-    leaked = {pair[not end] for pair in audit.duplicates for end in (0, 1) if pair[end] in trained}
+    leaked = {source for group in audit.duplicates if trained & set(group) for source in group}
     return [sample for sample in report if sample.source not in leaked]
 
 
@@ -357,31 +373,27 @@ def _environment(spec: Spec, view: View, seconds: dict[str, float]) -> dict[str,
     }
 
 
-def _stored_report(folder: RunFolder, config: RunConfig) -> Dataset:
+def _stored_report(folder: RunFolder, classes: tuple[str, ...]) -> Dataset:
     """The `report` pictures of a run, from where its data lay."""
-    facts, roles = folder.facts(), splits.read_split(folder.path / "split.csv")
-    dataset = reading.read(facts["data"], config.data)
-    known = {sample.source for sample in dataset.samples}
-    gone = [source for source, role in roles.items() if role == "report" and source not in known]
+    root, task, samples = folder.read_split()
+    report = tuple(sample for sample in samples if sample.role == "report")
+    gone = [sample.source for sample in report if not (root / sample.source).exists()]
     if gone:
-        why = f"{len(gone)} of the run's report pictures are gone, {gone[0]!r} for one"
-        raise DataError(facts["data"], why, "Restore them, or give --data.")
-    return dataset.with_samples(sample for sample in dataset.samples if roles.get(sample.source) == "report")
+        why = f"{len(gone)} of the run's {len(report)} report pictures are gone, {gone[0]!r} for one"
+        raise DataError(root, why, "Restore them, or give --data.")
+    return Dataset(root, report, classes, task, "")
 
 
 def _count_seen(folder: RunFolder, survey: Survey) -> int | None:
     """How many pictures the run was fitted on, told by content; None where its own data are not to be found."""
     try:
-        roles, root = splits.read_split(folder.path / "split.csv"), Path(folder.facts()["data"])
-    except (OSError, RunError):
+        root, _, samples = folder.read_split()
+    except (OSError, RunError):  # a model file alone
         return None
-    root = root if root.is_dir() else root.parent
-    try:
-        contents = (read_bytes(root / source) for source, role in roles.items() if role != "report")
-        fitted = {hashlib.sha256(content).hexdigest() for content in contents}
-    except UnreadableImage:
-        return None
-    return sum(digest in fitted for digest in survey.digests)
+    paths = [root / sample.source for sample in samples if sample.role != "report"]
+    here = [path for path in paths if path.is_file()]
+    fitted = {digest(path) for path in here}
+    return sum(content in fitted for content in survey.digests) if here else None
 
 
 class _Clock:
