@@ -1,7 +1,206 @@
-from headstart import training
+import csv
+import json
+import shutil
+
+import pytest
+
+import headstart
+from headstart import heads, training
+from headstart.errors import DataError, UsageError
 
 
-def test_train_leaves_a_finished_run(shapes, tiny_weights, tmp_path):
-    run = training.train(shapes, tmp_path / "run", weights=str(tiny_weights))
-    assert (tmp_path / "run" / "metrics.json").is_file()
-    assert run.evaluation.metrics["accuracy"].n == len(run.evaluation.sources)
+def write_table(path, rows, header=("image", "label")):
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([header, *rows])
+    return path
+
+
+def metrics_of(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def roles_of(folder):
+    with (folder / "split.csv").open(newline="", encoding="utf-8") as file:
+        return {row["source"]: row["role"] for row in csv.DictReader(file)}
+
+
+@pytest.fixture
+def train(tiny_weights, tmp_path):
+    """A function that trains with the tiny network into `run`."""
+
+    def call(data, out="run", **settings):
+        return headstart.train(data, tmp_path / out, weights=str(tiny_weights), **settings)
+
+    return call
+
+
+def test_a_class_with_one_picture_is_trained_on_warned_of_and_never_reported(train, make_shapes, tmp_path):
+    data = make_shapes(tmp_path / "data", 8, ("circle", "square"))
+    make_shapes(data, 1, ("triangle",))
+    run = train(data)
+    assert roles_of(run.path)["triangle/0.png"] == "fit"
+    assert any("'triangle' has 1 picture for training" in finding.message for finding in run.audit.findings)
+    figures = metrics_of(run.path)["classes"]["triangle"]
+    assert figures["support"] == 0 and figures["recall"]["value"] is None
+    assert run.plan.phases[0].folds == 5  # of the classes that have something to hold out
+
+
+def test_more_pictures_than_are_tuned_on_are_all_fitted_on(train, shapes, monkeypatch):
+    monkeypatch.setattr(heads, "TUNING_PICTURES", 15)
+    run = train(shapes)
+    assert run.classifier.provenance["pictures"] == 30
+    assert run.evaluation.metrics["accuracy"].n == 6
+
+
+def test_what_leaks_is_told_with_the_figures_without_it(train, make_shapes, tmp_path):
+    make_shapes(tmp_path / "data" / "train", 8)
+    make_shapes(tmp_path / "data" / "val", 5, first_seed=100)
+    for name in ("copy.png", "another copy.png"):  # of one set, both leak
+        shutil.copy(tmp_path / "data/train/circle/0.png", tmp_path / "data/val/circle" / name)
+    run = train(tmp_path / "data")
+    stored = metrics_of(run.path)
+    assert stored["n"] == 17
+    assert stored["without_leaks"]["n"] == 15 == len(run.unleaked.sources)
+    assert any(finding.kind == "leak" for finding in run.audit.findings)
+
+
+def test_without_leaks_nothing_is_said_of_them(train, shapes):
+    run = train(shapes)
+    assert run.unleaked is None
+    assert "without_leaks" not in metrics_of(run.path)
+
+
+def test_where_the_cache_cannot_be_written_the_run_folder_is_used(train, shapes, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("HEADSTART_CACHE", str(tmp_path / "file"))
+    run = train(shapes)
+    assert list((run.path / "cache").glob("*/*.safetensors"))
+
+
+def test_groups_stay_in_one_role_and_widen_the_intervals(train, shapes, tmp_path):
+    rows = [
+        (str(path), path.parent.name, f"{path.parent.name} {int(path.stem) // 3}")
+        for path in sorted(shapes.rglob("*.png"))
+    ]
+    run = train(write_table(tmp_path / "table.csv", rows, ("image", "label", "group")))
+    with (run.path / "split.csv").open(newline="", encoding="utf-8") as file:
+        roles = {}
+        for row in csv.DictReader(file):
+            roles.setdefault(row["group"], set()).add(row["role"])
+    assert len(roles) == 12
+    assert all(len(found) == 1 for found in roles.values())
+
+
+def test_one_group_for_all_is_an_error_that_leaves_no_run(train, shapes, tmp_path):
+    rows = [(str(path), path.parent.name, "one") for path in sorted(shapes.rglob("*.png"))]
+    with pytest.raises(DataError, match=r"too few pictures to keep any for the report|none can be held out"):
+        train(write_table(tmp_path / "table.csv", rows, ("image", "label", "group")))
+    assert not (tmp_path / "run" / "config.toml").exists()
+
+
+def test_a_refused_setting_leaves_no_run_that_the_right_one_would_differ_from(train, shapes):
+    with pytest.raises(UsageError):
+        train(shapes, device="tpu9")
+    assert train(shapes).evaluation.metrics["accuracy"].n == 6
+
+
+def test_more_than_a_fifth_of_a_class_unreadable_is_an_error(train, make_shapes, tmp_path):
+    data = make_shapes(tmp_path / "data", 8)
+    for number in range(2):
+        (data / "circle" / f"{number}.png").write_bytes(b"broken")
+    with pytest.raises(DataError, match=r"2 of 8 pictures of class 'circle' cannot be read"):
+        train(data)
+
+
+def test_pictures_that_cannot_be_read_are_set_aside_and_named(train, make_shapes, tmp_path):
+    data = make_shapes(tmp_path / "data", 10)
+    (data / "circle" / "0.png").write_bytes(b"broken")
+    run = train(data)
+    assert "circle/0.png" not in roles_of(run.path)
+    (finding,) = [finding for finding in run.audit.findings if finding.kind == "unreadable"]
+    assert finding.sources == ("circle/0.png",)
+    assert json.loads((run.path / "audit.json").read_text())["findings"][0]["sources"] == ["circle/0.png"]
+
+
+def test_an_interrupted_run_keeps_the_features_that_it_has(train, make_shapes, tmp_path, own_cache):
+    data = make_shapes(tmp_path / "data", 60)
+
+    def interrupt(pictures, total):
+        for number, picture in enumerate(pictures):
+            if number == 100:
+                raise KeyboardInterrupt
+            yield picture
+
+    with pytest.raises(KeyboardInterrupt):
+        train(data, track=interrupt)
+    kept = [training.features.Store(folder).index() for folder in (own_cache / "features").glob("*-cpu")]
+    assert sum(map(len, kept)) == 100
+    assert train(data) is not None
+
+
+@pytest.mark.parametrize("from_table", [True, False])
+def test_a_run_is_measured_again_from_another_folder(train, shapes, tmp_path, monkeypatch, from_table):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    shutil.copytree(shapes, "pictures")
+    rows = [(f"{path.parent.name}/{path.name}", path.parent.name) for path in sorted(shapes.rglob("*.png"))]
+    write_table(tmp_path / "here" / "table.csv", rows)
+    data = "table.csv" if from_table else headstart.read("table.csv", training.configs.DataConfig(images="pictures"))
+    run = train(data, **({"images": "pictures"} if from_table else {}))
+    monkeypatch.chdir(tmp_path)
+    assert headstart.evaluate(run.path).metrics == run.evaluation.metrics
+
+
+def test_a_report_picture_that_is_gone_is_an_error_that_names_it(train, make_shapes, tmp_path):
+    run = train(make_shapes(tmp_path / "data", 8))
+    gone = run.evaluation.sources[0]
+    (tmp_path / "data" / gone).unlink()
+    with pytest.raises(DataError, match=f"1 of the run's 6 report pictures are gone, {gone!r}"):
+        headstart.evaluate(run.path)
+
+
+def test_several_labels_are_not_measured_with_a_classifier_of_one(train, shapes, tmp_path):
+    run = train(shapes)
+    table = write_table(tmp_path / "t.csv", [(str(shapes / "circle/0.png"), "circle|square")], ("image", "labels"))
+    with pytest.raises(DataError, match="has 2 labels, and the classifier gives one"):
+        headstart.evaluate(run.path, table)
+
+
+def test_several_labels_a_picture(train, shapes, tmp_path):
+    rows = []
+    for path in sorted(shapes.rglob("*.png")):
+        even = "even" if int(path.stem) % 2 == 0 else ""
+        rows.append((str(path), " ".join(filter(None, (path.parent.name, even)))))
+    run = train(write_table(tmp_path / "table.csv", rows, ("image", "labels")))
+    stored = metrics_of(run.path)
+    assert list(stored["metrics"]) == ["map", "micro_f1", "macro_f1", "subset_accuracy"]
+    assert len(run.classifier.thresholds) == 4
+    assert headstart.evaluate(run.path).metrics == run.evaluation.metrics
+
+
+def test_a_network_whose_weights_are_no_architectures_own_is_said(train, shapes, tiny_weights, tmp_path, caplog):
+    caplog.set_level("INFO")
+    bare = shutil.copy(tiny_weights, tmp_path / "bare.safetensors")
+    headstart.train(shapes, tmp_path / "run", backbone="timm/test_efficientnet", weights=str(bare))
+    assert "no bare.json beside the weights: the preprocessing is the architecture's own" in caplog.text
+
+
+def test_odd_files_as_a_class_are_survived_and_each_left_out_is_named(train, real_data, tmp_path, make_shapes):
+    data = make_shapes(tmp_path / "data", 20, ("circle",))
+    shutil.copytree(real_data / "nasty", data / "nasty", copy_function=shutil.copyfile)
+    run = train(data)
+    files = {
+        f"nasty/{path.relative_to(data / 'nasty').as_posix()}" for path in (data / "nasty").rglob("*") if path.is_file()
+    }
+    used = {source for source in roles_of(run.path) if source.startswith("nasty/")}
+    named = {
+        source
+        for finding in run.audit.findings
+        if finding.kind in ("unreadable", "left out")
+        for source in finding.sources
+    }
+    assert used | named == files
+    assert not used & named
+    predictions = list(headstart.predict(run.path, [data / source for source in sorted(files)]))
+    assert len(predictions) == len(files)
+    assert {p.source for p in predictions if p.error} == {str(data / source) for source in named}
