@@ -175,10 +175,10 @@ def test_macro_f1_counts_a_label_that_is_never_given_as_zero_and_leaves_out_one_
 def test_share_is_precision_among_the_given_and_recall_among_the_true():
     scores, targets = multi(3)
     given_label, true = scores[:, 0] >= 0.4, targets[:, 0]
-    precision, recall = metrics.share(true, given_label), metrics.share(given_label, true)
+    precision, recall = metrics.hit_share(true, given_label), metrics.hit_share(given_label, true)
     assert value_of(precision, 60) == pytest.approx(reference.precision_score(true, given_label))
     assert value_of(recall, 60) == pytest.approx(reference.recall_score(true, given_label))
-    assert math.isnan(value_of(metrics.share(true, np.zeros(60, bool)), 60))
+    assert math.isnan(value_of(metrics.hit_share(true, np.zeros(60, bool)), 60))
 
 
 # Weights are repetitions
@@ -195,7 +195,7 @@ MULTI_BUILDERS = {
     "average_precision": lambda s, t: metrics.average_precision(s[:, 0], t[:, 0]),
     "micro_f1": lambda s, t: metrics.multi_label_f1(s >= 0.4, t, "micro"),
     "macro_f1": lambda s, t: metrics.multi_label_f1(s >= 0.4, t, "macro"),
-    "share": lambda s, t: metrics.share(t[:, 0], s[:, 0] >= 0.4),
+    "hit_share": lambda s, t: metrics.hit_share(t[:, 0], s[:, 0] >= 0.4),
 }
 repetitions = st.lists(st.integers(0, 4), min_size=12, max_size=12).filter(any)
 
@@ -334,7 +334,7 @@ def test_a_bootstrap_interval_is_the_quantiles_of_the_resamples_however_they_are
 
 
 def test_a_bootstrap_of_what_is_not_defined_is_not_defined():
-    never = metrics.share(np.ones(5, bool), np.zeros(5, bool))
+    never = metrics.hit_share(np.ones(5, bool), np.zeros(5, bool))
     found = metrics.bootstrap(never, metrics.draw_weights(np.zeros(5, np.int64), [""] * 5, 20, 0), 5)
     assert found.to_json() == {"value": None, "low": None, "high": None, "n": 5}
 

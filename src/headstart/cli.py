@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
-import csv
 import dataclasses
 import json
 import logging
@@ -13,20 +13,16 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 from cyclopts import App, CycloptsError, Parameter
 
-from headstart import __version__
+from headstart import __version__, display
 from headstart import config as configs
 from headstart.errors import BackboneError, HeadstartError, RunError, UsageError
 
 if TYPE_CHECKING:
-    from headstart.evaluation import Evaluation
     from headstart.loading import Picture
-    from headstart.model import Prediction
-    from headstart.quality import Audit
-    from headstart.training import Run
 
 app = App(
     name="headstart",
@@ -36,24 +32,22 @@ app = App(
     help_format="plaintext",
     suppress_keyboard_interrupt=False,
 )
-Table = Literal["table", "json", "csv"]
-NAMED = 10  # findings that a summary names
 
 
-def _flags(*sections: str) -> type:
-    """A dataclass with an optional field for each setting, so that the flags are the settings; None: not given."""
+def _flags(*names: str) -> type:
+    """A dataclass with an optional field for each setting named, so that flags are settings; None: not given."""
     fields = []
-    for entry in configs.settings(*sections).values():
+    for entry in (configs.settings()[name] for name in names):
         default = f" [default: {entry.default}]" if entry.default != "" else ""
         parameter = Parameter(help=entry.help + default, show_default=False, negative=(), group="Settings")
         fields.append((entry.name, Annotated[entry.type | None, parameter], dataclasses.field(default=None)))
     return dataclasses.make_dataclass("Flags", fields, frozen=True, namespace={"__module__": __name__})
 
 
-_AllFlags = _flags()
-_DataFlags = _flags("data", "train")
-_EvaluateFlags = _flags("data", "model", "train", "evaluate")
-_PredictFlags = _flags("model")
+_AllFlags = _flags(*configs.settings())
+_DataFlags = _flags(*configs.settings("data"), "cache")
+_EvaluateFlags = _flags(*configs.settings("data"), "device", "precision", "cache", "resamples")
+_PredictFlags = _flags("device", "precision")
 Flat = Parameter(name="*")
 
 
@@ -82,12 +76,14 @@ def train(
     """
     from headstart import training
 
+    if out == "":
+        raise UsageError("--out", "is empty", "Name a folder.")
     with _progress() as track:
         run = training.train(data, out, config=config, resume=resume, track=track, **_given(settings))
     if run is None:
-        print(f"{_shown(str(out))} holds this run, finished; nothing was changed.")
+        print(f"{display.shown(str(out))} holds this run, finished; nothing was changed.")
     else:
-        print(_summary(run, _shown(data)))
+        print(display.summary(run, display.shown(data)))
 
 
 @app.command
@@ -116,12 +112,12 @@ def evaluate(
     with _progress() as track:
         result = training.evaluate(run, data, track=track, **_given(settings))
     for source, why in result.unreadable.items():
-        _say(f"left out: {_shown(source)}: {why}")
+        _say(f"left out: {display.shown(source)}: {why}")
     if result.fitted_on:
         _say(f"{result.fitted_on} of these pictures were used for training: the figures flatter")
     elif result.fitted_on is None:
         _say("whether these pictures were used for training is not known")
-    print(_figures(result))
+    print(display.figures(result))
     if json is not None:
         _write(json, result.to_json())
 
@@ -133,7 +129,7 @@ def predict(
     /,
     *,
     top: int | None = None,
-    format: Table = "table",
+    format: display.Format = "table",
     out: Path | None = None,
     settings: Annotated[_PredictFlags, Flat] = _PredictFlags(),  # type: ignore[valid-type]
 ) -> int:
@@ -160,7 +156,7 @@ def predict(
     with _progress(out) as track:
         predictions = model.predict(classifier, paths, track=track, **_given(settings))
         with _output(out) as file:
-            read, failed = _write_predictions(predictions, classifier.classes, format, top, file)
+            read, failed = display.write_predictions(predictions, classifier.classes, format, top, file)
     if failed:
         _say(f"{failed} of {read + failed} could not be read")
     return 1 if failed and not read else 0
@@ -188,7 +184,7 @@ def audit(
     _check_place(json)
     with _progress() as track:
         result = training.audit(data, track=track, **_given(settings))
-    print(_findings(result))
+    print(display.findings(result))
     if json is not None:
         _write(json, result.to_json())
 
@@ -226,7 +222,7 @@ def demo(*, out: str = "runs/demo") -> None:
 
     with _progress() as track:
         run, predictions = demonstration.demo(out, track=track)
-    print(_summary(run, _shown(os.path.join(out, "digits"))))
+    print(display.summary(run, display.shown(os.path.join(out, "digits"))))
     print("\n" + demonstration.draw(predictions))
     print("\nNow with your own pictures, a folder for each class:\n")
     print("  headstart train PICTURES --out runs/mine")
@@ -259,11 +255,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _report(error, words)
 
 
+def _encode_odd(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Names that are no text go out as they came in; what the terminal's encoding lacks is escaped."""
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.lookup_error("backslashreplace")(error)
+
+
 class _Lines(logging.Handler):
     """What the modules log, as lines on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        _say(_shown(record.getMessage()))
+        _say(display.shown(record.getMessage()))
 
 
 class _Terminated(KeyboardInterrupt):
@@ -276,9 +280,10 @@ def _set_up() -> None:
 
     with contextlib.suppress(ValueError):  # only the main thread may set handlers; others do without
         signal.signal(signal.SIGTERM, terminate)
+    codecs.register_error("headstart", _encode_odd)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="surrogateescape")  # names that are no text go out as they came in
+            stream.reconfigure(errors="headstart")
     logger = logging.getLogger("headstart")
     logger.setLevel(logging.INFO)
     if not any(isinstance(handler, _Lines) for handler in logger.handlers):
@@ -292,13 +297,13 @@ def _set_up() -> None:
 def _report(error: BaseException, words: Sequence[str]) -> int:
     """One line on stderr for an error; the exit status."""
     if isinstance(error, HeadstartError):
-        _say(f"error: {_shown(str(error))}")
+        _say(f"error: {display.shown(str(error))}")
         return error.exit_status
     if isinstance(error, CycloptsError):
         text = " ".join(str(error).split())
         verb = words[0] if words and not words[0].startswith("-") else ""
-        command = _shown(" ".join(("headstart", *words))[:200])
-        _say(f"error: usage: {command}: {_shown(text)} See headstart {verb} --help.")
+        command = display.shown(" ".join(("headstart", *words))[:200])
+        _say(f"error: usage: {command}: {display.shown(text)} See headstart {verb} --help.")
         return 2
     if isinstance(error, KeyboardInterrupt):
         _say("interrupted: what was done so far is kept, the same command goes on from there")
@@ -307,11 +312,13 @@ def _report(error: BaseException, words: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     if isinstance(error, OSError):
-        name = _shown(str(error.filename or "system"))
+        name = display.shown(str(error.filename or "system"))
         _say(f"error: file: {name}: {error.strerror or error}. Check the disk and permissions.")
         return 1
     text = " ".join(str(error).split()) or "no reason given"
-    _say(f"error: unexpected: {type(error).__name__}: {_shown(text)}. Please report this, with --debug's output.")
+    _say(
+        f"error: unexpected: {type(error).__name__}: {display.shown(text)}. Please report this, with --debug's output."
+    )
     return 1
 
 
@@ -319,16 +326,11 @@ def _given(settings: Any) -> dict[str, Any]:
     return {key: value for key, value in dataclasses.asdict(settings).items() if value is not None}
 
 
-# What is shown
+# Where it is shown
 
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def _shown(text: str) -> str:
-    """Text for one line of a terminal: control characters, newlines among them, as escapes."""
-    return "".join(c if c.isprintable() or "\udc80" <= c <= "\udcff" else repr(c)[1:-1] for c in text)
 
 
 def _check_place(path: Path | None) -> None:
@@ -392,99 +394,3 @@ def _lines(items: Iterable[Picture], total: int) -> Iterator[Picture]:
         if time.monotonic() - last > 5:
             last = time.monotonic()
             _say(f"pictures {number}/{total}")
-
-
-def _summary(run: Run, data: str) -> str:
-    audit, result = run.audit, run.evaluation
-    tried = ", ".join(f"{head['kind']} {head['log_loss']:.3f}" for head in run.classifier.provenance["heads"])
-    counts = audit.to_json()["counts"]
-    grave = [finding for finding in audit.findings if finding.severity != "note"]
-    lines = [f"{'left out' if f.kind == 'unreadable' else f.severity}: {_shown(f.message)}" for f in grave[:NAMED]]
-    if len(grave) > NAMED:
-        lines.append(f"... and {len(grave) - NAMED} more, in audit.json")
-    lines += [
-        f"{len(audit.clean.samples)} pictures, {len(run.classifier.classes)} classes; "
-        f"{len(result.sources)} kept for the report",
-        f"audit: {counts['error']} errors, {counts['warning']} warnings, {counts['note']} notes",
-        f"plan:  {run.plan.strategy}; {run.plan.phases[0].folds}-fold log-loss of heads: {tried}",
-        "",
-        _figures(result),
-    ]
-    if run.unleaked is not None:
-        leaked = len(result.sources) - len(run.unleaked.sources)
-        name, estimate = next(iter(run.unleaked.metrics.items()))
-        lines.append(f"\n{leaked} report pictures have a duplicate in training; without them: {name} {estimate}")
-    place = _shown(str(run.path))
-    lines += ["", f"written to {place}", "next:"]
-    if any(counts.values()):
-        lines.append(f"  headstart audit {data}")
-    lines.append(f"  headstart predict {place} PICTURE...")
-    return "\n".join(lines)
-
-
-def _figures(result: Evaluation) -> str:
-    from rich.cells import cell_len
-
-    lines = [f"{name.replace('_', ' '):<20} {estimate}" for name, estimate in result.metrics.items()]
-    width = max(cell_len(_shown(label)) for label in result.classes)
-    shown = list(result.by_class.items())[:20]
-    lines.append("")
-    for label, row in shown:
-        pad = " " * (width - cell_len(_shown(label)))
-        lines.append(f"{_shown(label)}{pad}  precision {row['precision']}  recall {row['recall']}")
-    if len(result.by_class) > len(shown):
-        lines.append(f"... and {len(result.by_class) - len(shown)} more classes, in metrics.json")
-    if result.undefined and result.task == "multi":
-        names = ", ".join(map(_shown, result.undefined))
-        lines.append(f"no figures, and left out of means, for want of positives or negatives: {names}")
-    return "\n".join(lines)
-
-
-def _findings(result: Audit) -> str:
-    count = len(result.clean.samples)
-    if not result.findings:
-        return f"{count} pictures, {len(result.clean.classes)} classes: nothing found"
-    lines = [f"{count} pictures, {len(result.clean.classes)} classes"]
-    width = max(len(finding.kind) for finding in result.findings)
-    lines += [
-        f"{finding.severity:<8} {finding.kind:<{width}}  {_shown(finding.message)}. {finding.remedy}"
-        for finding in result.findings
-    ]
-    return "\n".join(lines)
-
-
-def _write_predictions(
-    predictions: Iterable[Prediction], classes: Sequence[str], format: Table, top: int | None, file: TextIO
-) -> tuple[int, int]:
-    """Write predictions as they come; (how many pictures were read, how many were not)."""
-    read = failed = 0
-    writer = csv.writer(file)
-    if format == "csv":
-        ranks = range(1, min(top or 0, len(classes)) + 1)
-        columns = [name for rank in ranks for name in (f"class_{rank}", f"p_{rank}")]
-        writer.writerow(("source", "label", "confidence", "error", *(columns or [f"p:{label}" for label in classes])))
-    for prediction in predictions:
-        failed, read = failed + bool(prediction.error), read + (not prediction.error)
-        if format == "json":
-            file.write(json.dumps(prediction.to_json(top)) + "\n")
-        elif format == "csv":
-            writer.writerow(_csv_row(prediction, classes, top))
-        elif prediction.error:
-            _say(f"{_shown(prediction.source)}: {prediction.error}")
-        else:
-            ranked = list(prediction.probabilities.items())[: top or 3]
-            text = ", ".join(f"{_shown(label)} {value:.1%}" for label, value in ranked)
-            given = f"  -> {_shown(prediction.label) or '(none)'}" if prediction.multi else ""
-            file.write(f"{_shown(prediction.source)}: {text}{given}\n")
-    file.flush()
-    return read, failed
-
-
-def _csv_row(prediction: Prediction, classes: Sequence[str], top: int | None) -> list[str]:
-    if prediction.error:
-        return [prediction.source, "", "", prediction.error]
-    confidence = "|".join(f"{prediction.probabilities[label]:.6g}" for label in prediction.labels)
-    row = [prediction.source, prediction.label, confidence, ""]
-    if top is None:
-        return row + [f"{prediction.probabilities[label]:.6g}" for label in classes]
-    return row + [cell for label, p in list(prediction.probabilities.items())[:top] for cell in (label, f"{p:.6g}")]

@@ -115,6 +115,8 @@ class Setting:
             return value, f"must be {_TYPE_NAMES[self.type]}, not {value!r}"
         if isinstance(value, float) and math.isinf(value):
             return value, f"must be a finite number, not {value:g}"
+        if isinstance(value, (int, float)) and value < self.least and math.isinf(self.most):
+            return value, f"must be at least {self.least:g}, not {value:g}"
         if isinstance(value, (int, float)) and not self.least <= value <= self.most:
             return value, f"must lie between {self.least:g} and {self.most:g}, not {value:g}"
         return value, ""

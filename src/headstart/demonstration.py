@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from headstart import training
+from headstart.errors import RunError
 from headstart.features import Track
 from headstart.images import open_image
 from headstart.model import Prediction, predict
@@ -29,6 +30,9 @@ def demo(
         out: the folder; one from before is used again.
         track: wraps the pictures to show progress; called with them and their number.
     """
+    others = [entry.name for entry in Path(out).iterdir()] if Path(out).is_dir() else []
+    if any(name != "digits" and not name.startswith("run") for name in others):
+        raise RunError(out, "holds other files than a demonstration's", "Give --out a new or empty folder.")
     pictures = write_digits(Path(out) / "digits")
     run_folder = Path(out) / "run"
     number = 1

@@ -117,8 +117,10 @@ def _single(
     truth, n = targets.argmax(1), len(targets)
     correct = metrics.top_k_hits(probabilities, truth, 1)
     found = {"accuracy": metrics.proportion(correct, weights, grouped)}
-    found["balanced_accuracy"] = metrics.bootstrap(metrics.balanced_accuracy(probabilities, truth), weights, n)
-    found["macro_f1"] = metrics.bootstrap(metrics.macro_f1(probabilities, truth), weights, n)
+    found["balanced_accuracy"] = metrics.bootstrap(
+        metrics.balanced_accuracy(probabilities, truth), weights, n, share=True
+    )
+    found["macro_f1"] = metrics.bootstrap(metrics.macro_f1(probabilities, truth), weights, n, share=True)
     if targets.shape[1] > TOP_K:
         found["top_5_accuracy"] = metrics.proportion(metrics.top_k_hits(probabilities, truth, TOP_K), weights, grouped)
     found["log_loss"] = metrics.bootstrap(metrics.log_loss(probabilities, truth), weights, n)
@@ -138,9 +140,9 @@ def _multi(
     micro = metrics.multi_label_f1(decisions, targets, "micro")
     macro = metrics.multi_label_f1(decisions[:, defined], targets[:, defined], "macro")
     return {
-        "map": metrics.bootstrap(metrics.mean_average_precision(probabilities, targets), weights, n),
-        "micro_f1": metrics.bootstrap(micro, weights, n),
-        "macro_f1": metrics.bootstrap(macro, weights, n),
+        "map": metrics.bootstrap(metrics.mean_average_precision(probabilities, targets), weights, n, share=True),
+        "micro_f1": metrics.bootstrap(micro, weights, n, share=True),
+        "macro_f1": metrics.bootstrap(macro, weights, n, share=True),
         "subset_accuracy": metrics.proportion((decisions == targets).all(1), weights, grouped),
     }
 
@@ -170,7 +172,7 @@ def _by_class(
             figures = (
                 metrics.proportion(true, weights, grouped, among=given),
                 metrics.proportion(given, weights, grouped, among=true),
-                metrics.bootstrap(f1, weights, len(true)),
+                metrics.bootstrap(f1, weights, len(true), share=True),
             )
         else:
             figures = (Estimate(math.nan, math.nan, math.nan, len(true)),) * 3

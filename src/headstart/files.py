@@ -18,6 +18,9 @@ def write_whole(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+    except OSError as error:
+        error.filename = error.filename or os.fspath(path)  # a full disk does not say what it was full for
+        raise
     finally:
         with contextlib.suppress(OSError):  # the error that matters is the one of writing
             partial.unlink(missing_ok=True)

@@ -35,6 +35,8 @@ class Estimate:
     def __str__(self) -> str:
         if math.isnan(self.value):
             return f"not defined, n={self.n}"
+        if math.isnan(self.low):
+            return f"{self.value:.3f} [too few pictures to tell] n={self.n}"
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}] n={self.n}"
 
     def to_json(self) -> dict[str, float | int | None]:
@@ -88,12 +90,16 @@ def proportion(
     among = np.ones(len(hits), bool) if among is None else among
     n = int(among.sum())
     if grouped and n:
-        return bootstrap(share(hits, among), weights, n)
+        return bootstrap(hit_share(hits, among), weights, n, share=True)
     return wilson(float((hits & among).sum()), n)
 
 
-def bootstrap(metric: Metric, weights: NDArray[Any], n: int) -> Estimate:
-    """A metric's value, and its percentile interval over the resamples."""
+def bootstrap(metric: Metric, weights: NDArray[Any], n: int, share: bool = False) -> Estimate:
+    """A metric's value, and its percentile interval over the resamples.
+
+    Where all resamples agree, because no picture or every picture is wrong, they say nothing about what others would
+    give: a metric that is a share of pictures at heart (`share`) then has Wilson's interval, another none.
+    """
     value = float(metric(np.ones((1, weights.shape[1]), np.float32))[0])
     step = max(1, _CHUNK_VALUES // max(1, weights.shape[1]))
     chunks = (weights[i : i + step].astype(np.float32) for i in range(0, len(weights), step))
@@ -102,6 +108,8 @@ def bootstrap(metric: Metric, weights: NDArray[Any], n: int) -> Estimate:
     if math.isnan(value) or not len(values):
         return Estimate(value, math.nan, math.nan, n)
     low, high = np.quantile(values, (0.025, 0.975))
+    if high - low < 1e-9:
+        return wilson(value * n, n) if share else Estimate(value, math.nan, math.nan, n)
     return Estimate(value, float(low), float(high), n)
 
 
@@ -209,7 +217,7 @@ def multi_label_f1(decisions: NDArray[np.bool_], targets: NDArray[np.bool_], ave
     return metric
 
 
-def share(hits: NDArray[np.bool_], among: NDArray[np.bool_]) -> Metric:
+def hit_share(hits: NDArray[np.bool_], among: NDArray[np.bool_]) -> Metric:
     """The share of `hits` among some pictures: precision among those given a label, recall among those that have it."""
     both, all_of = (hits & among).astype(np.float64), among.astype(np.float64)
     return lambda weights: _ratio(weights @ both, weights @ all_of)

@@ -23,7 +23,15 @@ from headstart import backbones, embedders, loading
 from headstart import config as configs
 from headstart.backbones import Backbone, Spec
 from headstart.data import Task
-from headstart.errors import CorruptModel, DataError, ForeignModel, HeadstartError, ModelFileError, NewerModel
+from headstart.errors import (
+    ConfigError,
+    CorruptModel,
+    DataError,
+    ForeignModel,
+    HeadstartError,
+    ModelFileError,
+    NewerModel,
+)
 from headstart.files import write_whole
 from headstart.heads import NearestNeighbours
 from headstart.images import Limits, Preprocess
@@ -315,6 +323,10 @@ def predict(
     Raises:
         DataError: where the paths hold no picture.
     """
+    if other := settings.keys() - {"device", "precision"}:
+        raise ConfigError(
+            "predict", f"{', '.join(sorted(other))} cannot be set here", "Give device and precision only."
+        )
     config = configs.resolve(None, settings)
     given = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     files, others = find_pictures(given)

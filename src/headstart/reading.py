@@ -34,6 +34,8 @@ def read(
     Raises:
         DataError: for a missing or empty folder, a single class, a table whose rows do not resolve.
     """
+    if not os.fspath(data):
+        raise DataError("''", "names nothing", "Give an existing folder or table.")
     config, path = config or DataConfig(), Path(data)
     try:
         mode = path.stat().st_mode

@@ -48,11 +48,12 @@ class RunFolder:
             RunError: where the folder holds no run.
         """
         facts = self.facts()
-        task: Task = "multi" if facts["task"] == "multi" else "single"
         try:
+            task: Task = "multi" if facts["task"] == "multi" else "single"
             return Path(facts["root"]), task, splits.read_split(self.path / "split.csv", task)
-        except OSError as error:
-            raise RunError(self.path, "holds no finished run (no split.csv)", "Run `headstart train` again.") from error
+        except (OSError, KeyError) as error:
+            why = "holds no finished run of this version (split.csv or config.toml)"
+            raise RunError(self.path, why, "Run `headstart train` again, or give --data.") from error
 
     def facts(self) -> dict[str, str]:
         """The data's path and fingerprint.
@@ -141,6 +142,10 @@ def _locked(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        if not (path / "config.toml").exists():  # refused: nothing is left behind
+            (path / LOCK).unlink(missing_ok=True)
+            if not any(path.iterdir()):
+                path.rmdir()
         lock.release()
 
 

@@ -15,8 +15,22 @@ from headstart.errors import DataError
 
 # Column names, lower case, most telling first.
 IMAGE_COLUMNS: tuple[str, ...] = ("image", "source", "path", "image_path", "filepath", "file_path", "file", "filename")
-IMAGE_COLUMNS += ("file_name", "image_name", "img", "img_path", "picture", "photo", "image_id", "id", "name")
-SINGLE_COLUMNS = ("label", "class", "category", "target", "class_name", "breed", "species")
+IMAGE_COLUMNS += (
+    "file_name",
+    "image_name",
+    "img",
+    "img_path",
+    "picture",
+    "photo",
+    "image_id",
+    "id",
+    "name",
+    "图片",
+    "图像",
+    "文件名",
+    "路径",
+)
+SINGLE_COLUMNS = ("label", "class", "category", "target", "class_name", "breed", "species", "标签", "类别")
 MULTI_COLUMNS = ("labels", "tags", "classes", "categories")
 SPLIT_COLUMNS = ("split", "subset", "set", "partition", "role", "fold_name")
 GROUP_COLUMNS = ("group", "group_id", "patient", "patient_id", "subject", "subject_id")

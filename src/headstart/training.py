@@ -52,7 +52,8 @@ class Run:
     path: Path
     classifier: Classifier
     evaluation: Evaluation
-    unleaked: Evaluation | None  # of the report pictures that have no duplicate in training, where some have
+    leaked: int  # report pictures that have a duplicate in training
+    unleaked: Evaluation | None  # of the others, where some leak and some do not
     audit: Audit
     plan: Plan
     seconds: dict[str, float]  # by part; decode and forward are summed over threads
@@ -124,7 +125,7 @@ def _conduct(
     )
     clean = _without_duplicates(report, fitted, audit)
     unleaked = None
-    if 0 < len(clean) < len(report):
+    if clean and len(clean) < len(report):
         unleaked = evaluation.assess(
             classifier, view.rows(clean), clean, "report", config.evaluate.resamples, config.train.seed
         )
@@ -135,10 +136,11 @@ def _conduct(
     seconds = {**clock.seconds, **view.survey.seconds}
     folder.write_json("environment.json", _environment(spec, view, seconds))
     measured = result.to_json()
-    if unleaked is not None:
-        measured["without_leaks"] = {key: unleaked.to_json()[key] for key in ("n", "metrics")}
+    if len(clean) < len(report):
+        without = unleaked.to_json()["metrics"] if unleaked is not None else {}
+        measured["without_leaks"] = {"n": len(clean), "metrics": without}
     folder.write_json("metrics.json", measured)
-    return Run(folder.path, classifier, result, unleaked, audit, chosen, seconds)
+    return Run(folder.path, classifier, result, len(report) - len(clean), unleaked, audit, chosen, seconds)
 
 
 def audit(
@@ -203,7 +205,7 @@ def evaluate(
     result = evaluation.assess(
         classifier, view.rows(samples), samples, role, config.evaluate.resamples, config.train.seed
     )
-    seen = None if data is None else _count_seen(folder, view.survey)
+    seen = 0 if data is None else _count_seen(folder, view.survey)
     return dataclasses.replace(result, unreadable=view.survey.unreadable, fitted_on=seen)
 
 
@@ -281,8 +283,10 @@ def _deal(given: Dataset, survey: Survey, config: RunConfig) -> tuple[Audit, Dat
             why = f"has no picture of class {label!r} left for training"
             raise DataError(given.root, why, "Add some, or take the class away.")
     if not dataset.of_role("report"):
-        why = "has too few pictures to keep any for the report"
-        raise DataError(given.root, why, "Give at least two pictures of a class.")
+        what = "groups" if any(sample.group for sample in dataset.samples) else "pictures"
+        raise DataError(
+            given.root, f"has too few {what} to keep any for the report", f"Give a class two {what} or more."
+        )
     return audit, dataset
 
 

@@ -1,0 +1,128 @@
+"""What is shown of runs, figures, findings and predictions: text for people, JSON and CSV for programs."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Literal, TextIO
+
+if TYPE_CHECKING:
+    from headstart.evaluation import Evaluation
+    from headstart.model import Prediction
+    from headstart.quality import Audit
+    from headstart.training import Run
+
+Format = Literal["table", "json", "csv"]
+NAMED = 10  # findings that a summary names
+
+
+def shown(text: str) -> str:
+    """Text for one line of a terminal: control characters, newlines among them, as escapes."""
+    return "".join(c if c.isprintable() or "\udc80" <= c <= "\udcff" else repr(c)[1:-1] for c in text)
+
+
+def summary(run: Run, data: str) -> str:
+    """What a finished run ends with: what was left out, the figures, what to do next."""
+    audit, result = run.audit, run.evaluation
+    tried = ", ".join(f"{head['kind']} {head['log_loss']:.3f}" for head in run.classifier.provenance["heads"])
+    counts = audit.to_json()["counts"]
+    grave = [finding for finding in audit.findings if finding.severity != "note"]
+    lines = [f"{'left out' if f.kind == 'unreadable' else f.severity}: {shown(f.message)}" for f in grave[:NAMED]]
+    if len(grave) > NAMED:
+        lines.append(f"... and {len(grave) - NAMED} more, in audit.json")
+    lines += [
+        f"{len(audit.clean.samples)} pictures, {len(run.classifier.classes)} classes; "
+        f"{len(result.sources)} kept for the report",
+        f"audit: {counts['error']} errors, {counts['warning']} warnings, {counts['note']} notes",
+        f"plan:  {run.plan.strategy}; heads by {run.plan.phases[0].folds}-fold log-loss, the first taken: {tried}",
+        "",
+        figures(result),
+    ]
+    if run.unleaked is not None:
+        name, estimate = next(iter(run.unleaked.metrics.items()))
+        lines.append(f"\n{run.leaked} report pictures have a duplicate in training; without them: {name} {estimate}")
+    elif run.leaked:
+        lines.append("\nALL report pictures have a duplicate in training: these figures say nothing")
+    place = shown(str(run.path))
+    lines += ["", f"written to {place}", "next:"]
+    if any(counts.values()):
+        lines.append(f"  headstart audit {data}")
+    lines.append(f"  headstart predict {place} PICTURE...")
+    return "\n".join(lines)
+
+
+def figures(result: Evaluation) -> str:
+    """Metrics and classes with their intervals, a line each."""
+    from rich.cells import cell_len
+
+    lines = [f"{name.replace('_', ' '):<20} {estimate}" for name, estimate in result.metrics.items()]
+    if result.task == "single":
+        most = max(result.by_class, key=lambda label: result.by_class[label]["support"])
+        share = result.by_class[most]["support"] / len(result.sources)
+        lines.append(f"{'(for comparison)':<20} always saying {shown(most)!r} gives accuracy {share:.3f}")
+    width = max(cell_len(shown(label)) for label in result.classes)
+    rows = list(result.by_class.items())[:20]
+    lines.append("")
+    for label, row in rows:
+        pad = " " * (width - cell_len(shown(label)))
+        lines.append(f"{shown(label)}{pad}  precision {row['precision']}  recall {row['recall']}")
+    if len(result.by_class) > len(rows):
+        lines.append(f"... and {len(result.by_class) - len(rows)} more classes, in metrics.json")
+    if result.undefined and result.task == "multi":
+        names = ", ".join(map(shown, result.undefined))
+        lines.append(f"no figures, and left out of means, for want of positives or negatives: {names}")
+    return "\n".join(lines)
+
+
+def findings(result: Audit) -> str:
+    """The findings as a table, gravest first."""
+    count = len(result.clean.samples)
+    if not result.findings:
+        return f"{count} pictures, {len(result.clean.classes)} classes: nothing found"
+    lines = [f"{count} pictures, {len(result.clean.classes)} classes"]
+    width = max(len(finding.kind) for finding in result.findings)
+    lines += [
+        f"{finding.severity:<8} {finding.kind:<{width}}  {shown(finding.message)}. {finding.remedy}"
+        for finding in result.findings
+    ]
+    return "\n".join(lines)
+
+
+def write_predictions(
+    predictions: Iterable[Prediction], classes: Sequence[str], format: Format, top: int | None, file: TextIO
+) -> tuple[int, int]:
+    """Write predictions as they come; (how many pictures were read, how many were not)."""
+    read = failed = 0
+    writer = csv.writer(file)
+    if format == "csv":
+        ranks = range(1, min(top or 0, len(classes)) + 1)
+        columns = [name for rank in ranks for name in (f"class_{rank}", f"p_{rank}")]
+        writer.writerow(("source", "label", "confidence", "error", *(columns or [f"p:{label}" for label in classes])))
+    for prediction in predictions:
+        failed, read = failed + bool(prediction.error), read + (not prediction.error)
+        if format == "json":
+            file.write(json.dumps(prediction.to_json(top)) + "\n")
+        elif format == "csv":
+            writer.writerow(_csv_row(prediction, classes, top))
+        elif prediction.error:
+            print(f"{shown(prediction.source)}: {prediction.error}", file=sys.stderr, flush=True)
+        else:
+            ranked = list(prediction.probabilities.items())[: top or 3]
+            text = ", ".join(f"{shown(label)} {value:.1%}" for label, value in ranked)
+            given = f"  -> {shown(prediction.label) or '(none)'}" if prediction.multi else ""
+            file.write(f"{shown(prediction.source)}: {text}{given}\n")
+    file.flush()
+    return read, failed
+
+
+def _csv_row(prediction: Prediction, classes: Sequence[str], top: int | None) -> list[str]:
+    if prediction.error:
+        empty = len(classes) if top is None else 2 * min(top, len(classes))
+        return [prediction.source, "", "", prediction.error, *[""] * empty]
+    confidence = "|".join(f"{prediction.probabilities[label]:.6g}" for label in prediction.labels)
+    row = [prediction.source, prediction.label, confidence, ""]
+    if top is None:
+        return row + [f"{prediction.probabilities[label]:.6g}" for label in classes]
+    return row + [cell for label, p in list(prediction.probabilities.items())[:top] for cell in (label, f"{p:.6g}")]
