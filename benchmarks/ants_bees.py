@@ -3,8 +3,8 @@
 python benchmarks/ants_bees.py           (two of the tutorial's 25 epochs, multiplied)
 python benchmarks/ants_bees.py --full    (all 25)
 
-Expected (2-core machine): the tutorial takes 40 times as long as headstart with an empty cache, 100 times with a full
-one; accuracy on val 0.948 [0.900, 0.973] against 0.908 after two epochs. (Preliminary: one run on a busy machine.)
+Expected (2-core machine): the tutorial takes 45 to 55 times as long as headstart with an empty cache, 90 to 120 times
+with a full one; accuracy on val 0.948 [0.900, 0.973] against 0.90 after two epochs.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 python benchmarks/sets.py
 
-Expected (2-core machine): accuracies within the intervals of the README's table; five minutes.
+Expected (2-core machine): accuracies within the intervals of the README's table; two minutes.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def head_of(run_folder: Path) -> str:
     content = (run_folder / "model.safetensors").read_bytes()
     length = int.from_bytes(content[:8], "little")
     described = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["headstart"])
-    return str(described["provenance"]["head"]["kind"])
+    return str(described["provenance"]["heads"][0]["kind"])
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 python benchmarks/start.py
 
-Expected (2-core machine): --help 0.21 s; predict 10 s. (Preliminary: on a busy machine; alone predict may take 5 s.)
+Expected (2-core machine): --help 0.2 s; predict 2 s.
 """
 
 from __future__ import annotations

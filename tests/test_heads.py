@@ -424,3 +424,11 @@ print(json.dumps((peak_bytes() - before) / features.nbytes))
 def test_fitting_takes_at_most_six_times_the_memory_of_the_features():
     done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) <= 6
+
+
+def test_class_means_of_one_picture_a_class_are_finite():
+    features = np.random.default_rng(0).normal(0, 1, (6, 40)).astype(np.float32)
+    fitted = heads.fit_head(features, np.array([0, 1] * 3), [0, 0, 1, 1, -1, -1], 2, ("means",))
+    assert fitted.candidates[0].log_loss < 10
+    few = heads.fit_head(features[:4], np.array([0, 1, 0, 1]), [0, 0, 1, 1], 2, ("means",))
+    assert few.candidates[0].log_loss < 2

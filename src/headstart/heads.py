@@ -308,7 +308,9 @@ def _solve_means(problem: _Problem, strength: float, start: Tensor | None = None
         means = torch.zeros(problem.classes, x.shape[1]).index_add_(0, y, x) / counts.clamp_min(1)[:, None]
         x.sub_(means[y])
         covariance = x.T @ x / len(x)
-        level = (covariance.diagonal().sum() / (problem.dim or x.shape[1])).clamp_min(1e-12)
+        level = covariance.diagonal().sum() / (problem.dim or x.shape[1])
+        if level < 1e-6:  # one picture a class: nothing is known of how classes vary
+            level = torch.ones(())
         covariance.mul_(1 - strength).diagonal().add_(strength * level)
         solved = torch.linalg.solve(covariance, means.T)
         weights[:-1, part] = solved
