@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,12 +118,10 @@ def read_rows(path: Path, is_name: Callable[[str], bool] = lambda cell: False) -
 def _decode(content: bytes, is_name: Callable[[str], bool]) -> str:
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         return content.decode("utf-16", "replace")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        pass  # not UTF-8: either an encoding of Chinese, or names of files that are no text at all
     raw = content.decode("utf-8-sig", "surrogateescape")
-    if any(is_name(cell) for line in raw.splitlines()[1:] for cell in _odd_cells(line)):
+    odd = _odd_cells(raw)
+    # Not UTF-8: either names of files that are no text at all, or an encoding of Chinese.
+    if not odd or any(is_name(cell) for cell in odd):
         return raw
     try:
         return content.decode("gb18030")
@@ -130,9 +129,13 @@ def _decode(content: bytes, is_name: Callable[[str], bool]) -> str:
         return raw
 
 
-def _odd_cells(line: str) -> list[str]:
-    cells = line.replace("\t", ",").replace(";", ",").split(",")
-    return [cell.strip('"') for cell in cells if any("\udc80" <= c <= "\udcff" for c in cell) and "\0" not in cell]
+def _odd_cells(text: str) -> list[str]:
+    """The cells, of all lines but the first, that hold bytes which are not UTF-8; of the first line, the line."""
+    if not any("\udc80" <= c <= "\udcff" for c in text):
+        return []
+    header, *lines = text.splitlines()
+    cells = [cell.strip('"') for line in lines for cell in re.split("[,;\t]", line)]
+    return [cell for cell in [header, *cells] if any("\udc80" <= c <= "\udcff" for c in cell) and "\0" not in cell]
 
 
 def _find_columns(path: Path, header: list[str], config: DataConfig) -> Columns:
