@@ -77,5 +77,5 @@ def test_nothing_loads_pickles_or_trains_outside_the_engine():
     for module in MODULES:
         text = (SOURCE / f"{module}.py").read_text()
         assert not re.search(r"^\s*(import|from) (pickle|joblib|dill)\b", text, re.M)
-        assert ".backward(" not in text
+        assert text.count(".backward(") == (module == "engine")
         assert "torch.load(" not in text or "weights_only=True" in text

@@ -22,6 +22,7 @@ WHAT = {
     "BackboneError": ("backbone", 2),
     "WeightsError": ("weights", 2),
     "RunError": ("run", 2),
+    "TrainingError": ("training", 1),
     "ModelFileError": ("model", 2),
     "CorruptModel": ("model", 2),
     "ForeignModel": ("model", 2),

@@ -49,5 +49,5 @@ def test_flags_are_the_settings():
 
 
 def test_setting_names_stand_in_one_section_only():
-    sections = [config.settings(name) for name in ("data", "model", "train", "evaluate")]
+    sections = [config.settings(name) for name in ("data", "model", "train", "engine", "evaluate")]
     assert sum(map(len, sections)) == len(config.settings())

@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 import headstart
-from headstart import heads, training
+from headstart import features, heads, training
 from headstart.errors import DataError, UsageError
 
 
@@ -133,7 +133,7 @@ def test_an_interrupted_run_keeps_the_features_that_it_has(train, make_shapes, t
 
     with pytest.raises(KeyboardInterrupt):
         train(data, track=interrupt)
-    kept = [training.features.Store(folder).index() for folder in (own_cache / "features").glob("*-cpu")]
+    kept = [features.Store(folder).index() for folder in (own_cache / "features").glob("*-cpu")]
     assert sum(map(len, kept)) == 100
     assert train(data) is not None
 

@@ -75,6 +75,12 @@ class Spec:
         """The spec as JSON values."""
         return dataclasses.asdict(self)
 
+    def at(self, size: int) -> Spec:
+        """The same network with another input size in pixels; with 0, its own."""
+        return (
+            self if not size else dataclasses.replace(self, preprocess=dataclasses.replace(self.preprocess, size=size))
+        )
+
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> Spec:
         """The spec that `to_json` gave."""
@@ -108,6 +114,13 @@ class Backbone:
 
     spec: Spec
     state: Mapping[str, torch.Tensor]
+
+    @staticmethod
+    def of(spec: Spec, network: nn.Module) -> Backbone:
+        """The backbone of a network that is there already."""
+        backbone = Backbone(spec, {})
+        backbone.__dict__["network"] = network
+        return backbone
 
     @functools.cached_property
     def network(self) -> nn.Module:
@@ -163,9 +176,29 @@ def load(located: Located) -> Backbone:
     network, left_out = _build(located.spec, state, strict=False, file=located.file)
     if left_out:
         log.info("weights: left out of %s: %s (another network's last layer)", located.file.name, ", ".join(left_out))
-    backbone = Backbone(located.spec, dict(network.state_dict()))
-    backbone.__dict__["network"] = network
-    return backbone
+    return Backbone.of(located.spec, network)
+
+
+def untrained(name: str, seed: int, weights: str = "") -> Backbone:
+    """A network by its name, with the random weights that its library begins with.
+
+    Args:
+        name: as for `locate`.
+        seed: of the weights.
+        weights: a file whose description says which network; its weights are not used.
+    """
+    import torch
+
+    if weights:
+        spec = _locate_file(name, Path(weights)).spec
+    else:
+        name = DEFAULT if name == "auto" else name
+        spec = _locate_packaged(name).spec if name in PACKAGED else _describe(name)[0]
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        network, _ = _construct(spec)
+    spec = dataclasses.replace(spec, weights=f"random, seed {seed}", digest="")
+    return Backbone.of(spec, network.eval().requires_grad_(False))
 
 
 def imagenet_head(name: str = DEFAULT) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import Annotated, Any, TextIO, TypeVar
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -21,9 +21,7 @@ from headstart import __version__, display
 from headstart import config as configs
 from headstart.errors import BackboneError, HeadstartError, RunError, UsageError
 
-if TYPE_CHECKING:
-    from headstart.loading import Picture
-
+T = TypeVar("T")
 app = App(
     name="headstart",
     help="Turn a folder of labelled pictures into an image classifier that can be trusted.",
@@ -378,19 +376,31 @@ def _progress(rows_to: Path | None = Path()) -> Iterator[Any]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("pictures"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False) as progress:
 
-        def track(items: Iterable[Picture], total: int) -> Iterator[Picture]:
-            return iter(progress.track(items, total))
+        def track(items: Iterable[T], total: int) -> Iterator[T]:
+            task = progress.add_task("pictures", total=total)
+            for item in items:
+                yield item
+                text, lasting = display.progress(item)
+                if lasting:
+                    progress.console.print(text, markup=False, highlight=False)
+                progress.update(task, advance=1, description=None if lasting else text or "pictures")
+            progress.remove_task(task)
 
         yield track
 
 
-def _lines(items: Iterable[Picture], total: int) -> Iterator[Picture]:
-    last = time.monotonic()
+def _lines(items: Iterable[T], total: int) -> Iterator[T]:
+    last = start = time.monotonic()
     for number, item in enumerate(items, 1):
         yield item
-        if time.monotonic() - last > 5:
-            last = time.monotonic()
-            _say(f"pictures {number}/{total}")
+        text, lasting = display.progress(item)
+        now = time.monotonic()
+        if lasting:
+            _say(text)
+        elif now - last > 5:
+            left = (now - start) / number * (total - number)
+            _say(f"{text}, {left:.0f} s left" if text else f"pictures {number}/{total}")
+            last = now

@@ -54,23 +54,96 @@ class ModelConfig:
 
     backbone: str = _setting("auto", "pretrained network, see `headstart models` (auto: efficientnet_lite0)")
     weights: str = _setting("", "file with the network's weights (.safetensors, .pth)")
-    precision: Literal["auto", "bfloat16", "float32"] = _setting(
-        "auto", "number format of the network (auto: bfloat16 where the machine computes in it)"
+    precision: Literal["auto", "bfloat16", "float16", "float32"] = _setting(
+        "auto", "number format of the network (auto: the fastest one; for training it is timed)"
     )
     device: str = _setting("auto", "auto, cpu, cuda, cuda:N, mps or xpu")
+    size: int = _setting(0, "side of the network's input in pixels (0: its own)", least=0, most=4096)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """How a classifier is trained."""
 
-    strategy: Literal["auto", "probe"] = _setting("auto", "how the network is adapted (auto: probe)")
+    strategy: Literal["auto", "probe", "finetune", "lp-ft", "two-stage", "scratch"] = _setting(
+        "auto",
+        "probe fits a head on the frozen network; finetune trains everything; lp-ft fits the head first, then trains "
+        "everything; two-stage trains the head first; scratch starts from random weights (auto: probe)",
+    )
     seed: int = _setting(0, "seed of splits, folds and resampling", least=0)
     cache: str = _setting("auto", "folder of cached features, or none (auto: $HEADSTART_CACHE, else the user's cache)")
     report_share: float = _setting(
         0.2, "share of the pictures kept for the report where no split is given", least=0.01, most=0.9
     )
     folds: int = _setting(5, "folds of the cross-validation", least=2, most=50)
+    select_share: float = _setting(
+        0.15, "share of the training pictures kept to choose by where weights are trained", least=0.01, most=0.5
+    )
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How weights are trained by gradient: all strategies but probe."""
+
+    epochs: int = _setting(0, "passes over the training pictures (0: by strategy)", least=0, most=100_000)
+    batch_size: int = _setting(0, "pictures a forward pass (0: 32, fewer with few pictures)", least=0, most=65_536)
+    accumulate: int = _setting(1, "forward passes an optimiser step", least=1, most=65_536)
+    optimizer: Literal["sgd", "adam", "adamw"] = _setting("adamw", "optimiser")
+    momentum: float = _setting(0.9, "momentum of sgd", least=0.0, most=0.9999)
+    learning_rate: float = _setting(0.0, "highest learning rate, the head's (0: by strategy)", least=0.0, most=100.0)
+    layer_decay: float = _setting(
+        0.0, "learning rate of a block over that of the next one towards the head (0: by strategy)", least=0.0, most=1.0
+    )
+    rates: str = _setting("", "learning rates of parts by name, such as layer4=1e-4,layer3=1e-5; 0 freezes")
+    find_lr: bool = _setting(False, "find the learning rate by a range test first, and use it")
+    schedule: Literal["one-cycle", "cosine", "step", "constant"] = _setting("cosine", "how learning rates fall")
+    warmup_epochs: float = _setting(1.0, "epochs in which learning rates rise, of cosine", least=0.0, most=1000.0)
+    step_epochs: int = _setting(7, "epochs between the steps of step", least=1, most=100_000)
+    step_factor: float = _setting(0.1, "what learning rates are multiplied by at a step", least=1e-6, most=1.0)
+    least_rate: float = _setting(0.0, "no learning rate falls below this", least=0.0, most=1.0)
+    weight_decay: float = _setting(0.01, "weight decay", least=0.0, most=10.0)
+    decay_all: bool = _setting(False, "weight decay of norms and biases too")
+    clip_value: float = _setting(0.0, "largest absolute value of a gradient (0: no limit)", least=0.0, most=1e6)
+    clip_norm: float = _setting(0.0, "largest norm of all gradients together (0: no limit)", least=0.0, most=1e6)
+    ema: float = _setting(0.0, "decay of the moving average of weights that is kept (0: none)", least=0.0, most=0.99999)
+    loss: Literal["auto", "cross-entropy", "nll", "bce", "bce-with-logits", "focal"] = _setting(
+        "auto", "what is made small (auto: cross-entropy, or bce-with-logits for several labels a picture)"
+    )
+    focal_gamma: float = _setting(2.0, "focusing of the focal loss", least=0.0, most=10.0)
+    label_smoothing: float = _setting(0.0, "share of each label that is spread over all", least=0.0, most=0.9)
+    class_weights: Literal["none", "counts", "effective"] = _setting(
+        "none", "weights of classes in the loss: by inverse counts, or by effective numbers"
+    )
+    sampling: Literal["plain", "weighted", "over", "under"] = _setting(
+        "plain", "each picture once an epoch; drawn so that classes come equally often; small ones repeated; large cut"
+    )
+    augment: str = _setting(
+        "auto", "augmentations by torchvision's names, such as 'RandomResizedCrop, ColorJitter(0.05)'; none"
+    )
+    symmetry: Literal["none", "mirror", "any"] = _setting(
+        "mirror", "what leaves a picture's meaning alone: nothing, a mirror image, or any flip and turn"
+    )
+    mixup: float = _setting(0.0, "alpha of mixup (0: none)", least=0.0, most=10.0)
+    cutmix: float = _setting(0.0, "alpha of cutmix (0: none)", least=0.0, most=10.0)
+    head: Literal["linear", "mlp", "batch-norm"] = _setting(
+        "linear", "new last layers: one linear; with a hidden layer; or batch norms and dropout around it"
+    )
+    hidden: int = _setting(512, "width of a head's hidden layer", least=1, most=65_536)
+    dropout: float = _setting(0.5, "dropout of heads with a hidden layer", least=0.0, most=0.95)
+    freeze: str = _setting("", "blocks that stay as they are: a number of first ones, up to the named one, or all")
+    unfreeze_epochs: int = _setting(
+        0, "epochs after which one more frozen block, from the head down, is trained (0: none)", least=0, most=100_000
+    )
+    batch_norm: Literal["auto", "train", "frozen"] = _setting(
+        "auto", "statistics of batch norms in trained blocks: of each batch, or those that came with the weights"
+    )
+    head_epochs: int = _setting(1, "epochs of two-stage's first stage, of the head alone", least=1, most=100_000)
+    head_rate: float = _setting(1e-3, "learning rate of that stage, by adam", least=1e-8, most=100.0)
+    patience: int = _setting(0, "epochs without a better one after which training ends (0: never)", least=0)
+    best_by: str = _setting("log_loss", "figure on the select pictures by which the best epoch is kept")
+    checkpoint_minutes: float = _setting(5.0, "minutes between checkpoints within an epoch", least=0.0, most=10_000.0)
+    memory_mebibytes: int = _setting(1024, "memory for decoded pictures", least=0, most=10_000_000)
+    tensorboard: bool = _setting(False, "also write TensorBoard's event files (needs headstart[tensorboard])")
 
 
 @dataclass(frozen=True)
@@ -87,6 +160,7 @@ class RunConfig:
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
+    engine: EngineConfig = EngineConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
 

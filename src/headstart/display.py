@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal, TextIO
 
 if TYPE_CHECKING:
+    from headstart.engine import Epoch, Step
     from headstart.evaluation import Evaluation
     from headstart.model import Prediction
     from headstart.quality import Audit
@@ -26,7 +28,6 @@ def shown(text: str) -> str:
 def summary(run: Run, data: str) -> str:
     """What a finished run ends with: what was left out, the figures, what to do next."""
     audit, result = run.audit, run.evaluation
-    tried = ", ".join(f"{head['kind']} {head['log_loss']:.3f}" for head in run.classifier.provenance["heads"])
     counts = audit.to_json()["counts"]
     grave = [finding for finding in audit.findings if finding.severity != "note"]
     lines = [f"{'left out' if f.kind == 'unreadable' else f.severity}: {shown(f.message)}" for f in grave[:NAMED]]
@@ -36,7 +37,7 @@ def summary(run: Run, data: str) -> str:
         f"{len(audit.clean.samples)} pictures, {len(run.classifier.classes)} classes; "
         f"{len(result.sources)} kept for the report",
         f"audit: {counts['error']} errors, {counts['warning']} warnings, {counts['note']} notes",
-        f"plan:  {run.plan.strategy}; heads by {run.plan.phases[0].folds}-fold log-loss, the first taken: {tried}",
+        *_describe_training(run),
         "",
         figures(result),
     ]
@@ -51,6 +52,41 @@ def summary(run: Run, data: str) -> str:
         lines.append(f"  headstart audit {data}")
     lines.append(f"  headstart predict {place} PICTURE...")
     return "\n".join(lines)
+
+
+def progress(item: object) -> tuple[str, bool]:
+    """(a step or epoch of training in words, whether it is worth keeping on the screen); nothing for a picture."""
+    if hasattr(item, "select"):
+        epoch: Epoch = item  # type: ignore[assignment]
+        words = f"epoch {epoch.epoch}" if epoch.epoch else "before training"
+        if not math.isnan(epoch.loss):
+            words += f": loss {epoch.loss:.4f}, accuracy {epoch.accuracy:.3f}"
+        figures = ", ".join(f"{name} {value:.3f}" for name, value in list(epoch.select.items())[:2])
+        return f"{words}; on select {figures}{' (best so far)' if epoch.best else ''}, {epoch.seconds:.1f} s", True
+    if hasattr(item, "rate"):
+        step: Step = item  # type: ignore[assignment]
+        words = f"epoch {step.epoch}, step {step.step}/{step.steps}: loss {step.loss:.4f}"
+        return f"{words}, accuracy {step.accuracy:.3f}, {step.speed:.0f} pictures/s", False
+    return "", False
+
+
+def _describe_training(run: Run) -> list[str]:
+    """What was fitted and trained, a line a phase."""
+    provenance = run.classifier.provenance
+    tried = ", ".join(f"{head['kind']} {head['log_loss']:.3f}" for head in provenance["heads"])
+    lines = [
+        f"plan:  {run.plan.strategy}; heads by {phase.folds}-fold log-loss, the first taken: {tried}"
+        for phase in run.plan.phases
+        if phase.phase == "fit_head"
+    ]
+    for facts in provenance.get("training", []):
+        best = facts["best_epoch"]
+        kept = "the start was kept: no epoch was better" if best == 0 else f"epoch {best} of {facts['epochs']} was kept"
+        lines.append(
+            f"plan:  {run.plan.strategy}; {facts['trainable']:,} of {facts['parameters']:,} parameters trained "
+            f"in {facts['seconds']:.0f} s; {kept}"
+        )
+    return lines
 
 
 def figures(result: Evaluation) -> str:

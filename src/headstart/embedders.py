@@ -57,8 +57,9 @@ def prepare(backbone: Backbone, device: torch.device, precision: str) -> Embedde
     example = torch.randn(BATCH_SIZE, 3, size, size, generator=torch.Generator().manual_seed(0))
     threads = torch.get_num_threads()
     with torch.inference_mode():
-        expected = backbone.network(example[:1])
-        network = copy.deepcopy(backbone.network)
+        home = next((p.device for p in backbone.network.parameters()), torch.device("cpu"))
+        expected = backbone.network(example[:1].to(home)).float().cpu()
+        network = copy.deepcopy(backbone.network).cpu()
         fold_batch_norms(network, example[:1])
         network = network.to(device, dtype).to(memory_format=torch.channels_last)
         try:

@@ -77,6 +77,12 @@ class RunError(HeadstartError):
     exit_status = 2
 
 
+class TrainingError(HeadstartError):
+    """Training that cannot go on: a loss that is not finite, a full disk, a process that failed."""
+
+    what = "training"
+
+
 class ModelFileError(HeadstartError):
     """A model file that cannot be loaded."""
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from headstart import metrics
 from headstart.data import Sample, Task
 from headstart.metrics import Estimate
-from headstart.model import Classifier
+from headstart.model import Classifier, to_probabilities
 
 TOP_K = 5
 
@@ -71,6 +71,19 @@ def encode(samples: Sequence[Sample], classes: Sequence[str]) -> NDArray[np.bool
     for row, sample in enumerate(samples):
         targets[row, [number[label] for label in sample.labels]] = True
     return targets
+
+
+def score(
+    logits: NDArray[np.float32], samples: Sequence[Sample], classes: Sequence[str], task: Task
+) -> dict[str, float]:
+    """The metrics of logits (n, classes) after the best temperature, without intervals: to compare epochs by."""
+    targets = encode(samples, classes)
+    multi = task == "multi"
+    temperature, loss = metrics.find_temperature(logits, targets if multi else targets.argmax(1), multi)
+    probabilities = to_probabilities(logits, temperature, task)
+    chosen, once = _multi if multi else _single, np.ones((1, len(samples)), np.uint16)
+    figures = chosen(probabilities, probabilities >= 0.5, targets, once, grouped=False)
+    return {"log_loss": loss, **{name: estimate.value for name, estimate in figures.items() if name != "log_loss"}}
 
 
 def assess(

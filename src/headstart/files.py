@@ -8,6 +8,8 @@ import os
 import threading
 from pathlib import Path
 
+UNSEALED = "0" * 64  # where a seal will stand
+
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file so that it is there whole or not at all, whatever happens."""
@@ -24,6 +26,28 @@ def write_whole(path: Path, content: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):  # the error that matters is the one of writing
             partial.unlink(missing_ok=True)
+
+
+def sync(folder: Path) -> None:
+    """Wait until a folder's entries are on the disk: a rename is only then safe from a power cut."""
+    if os.name != "posix":
+        return  # a folder cannot be opened there
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def seal(content: bytes) -> bytes:
+    """Content with its first 64 zeros (`UNSEALED`) replaced by its own SHA-256."""
+    return content.replace(UNSEALED.encode(), hashlib.sha256(content).hexdigest().encode(), 1)
+
+
+def holds_seal(content: bytes, sha256: str) -> bool:
+    """Whether content is what `seal` made with this SHA-256: one changed bit is noticed."""
+    unsealed = content.replace(sha256.encode(), UNSEALED.encode(), 1)
+    return len(sha256) == len(UNSEALED) and hashlib.sha256(unsealed).hexdigest() == sha256
 
 
 def digest(file: Path) -> str:

@@ -54,6 +54,31 @@ class NearestNeighbours(nn.Module):
         return _vote(self.labels[nearest], self.classes, [self.k])[0]
 
 
+def make_head(kind: str, dim: int, classes: int, hidden: int = 512, dropout: float = 0.5) -> nn.Module:
+    """A head that is to be trained: features (n, dim) -> logits (n, classes), with torch's random weights.
+
+    Args:
+        kind: `linear`; `mlp`: with a hidden layer; `batch-norm`: BN-Dropout-Linear-BN-ELU-Dropout-Linear.
+        dim: of the features.
+        classes: the number of classes.
+        hidden: width of the hidden layer.
+        dropout: share of values dropped before each linear layer; of `mlp`, before its last.
+    """
+    if kind == "linear":
+        return nn.Linear(dim, classes)
+    if kind == "mlp":
+        return nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, classes))
+    return nn.Sequential(
+        nn.BatchNorm1d(dim),
+        nn.Dropout(dropout),
+        nn.Linear(dim, hidden),
+        nn.BatchNorm1d(hidden),
+        nn.ELU(),
+        nn.Dropout(dropout),
+        nn.Linear(hidden, classes),
+    )
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A head with one hyper-parameter, as cross-validation found it."""

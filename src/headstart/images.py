@@ -33,7 +33,7 @@ _UPRIGHT = {
 _ORIENTATION = 0x0112
 Fit = Literal["crop", "pad", "squash"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
-_INTERPOLATIONS = {
+INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
@@ -194,7 +194,7 @@ class Preprocess:
 
     def apply(self, image: Image.Image) -> NDArray[np.uint8]:
         """The network's view of a picture before normalisation, uint8 of shape (size, size, 3)."""
-        resample = _INTERPOLATIONS[self.interpolation]
+        resample = INTERPOLATIONS[self.interpolation]
         if self.fit == "squash":
             return np.array(image.resize((self.size, self.size), resample))
         if self.fit == "pad":

@@ -11,18 +11,26 @@ from collections.abc import Callable, Container, Generator, Iterable, Iterator, 
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from headstart.errors import UnreadableImage
 from headstart.images import Facts, Limits, Preprocess, check_limits, describe, open_image, read_bytes
+from headstart.sampling import AUGMENT, Draw, Mix
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from headstart.augmentation import Augmentation
 
 # Enough for about 600 pictures of 224 pixels: what two cores decode while torch and timm are imported.
 LOOK_AHEAD_BYTES = 96 * 2**20
 BATCH_SIZE = 8  # a batch's activations then stay in the processor's cache; larger ones are slower on CPUs
 
+T = TypeVar("T")
+R = TypeVar("R")
 Compute = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 
 
@@ -161,3 +169,96 @@ def _run(compute: Compute | None, batch: list[Picture]) -> list[Picture]:
     for position, row in zip(new, rows, strict=True):
         batch[position] = dataclasses.replace(batch[position], pixels=None, vector=row, compute_seconds=seconds)
     return batch
+
+
+# Training: the same pictures again and again, varied
+
+
+class Album:
+    """Pictures of training: decoded once while there is room for them, as they were before any augmentation.
+
+    Args:
+        paths: the picture files.
+        preprocess: what the network expects.
+        limits: what is too large to be opened.
+        room_bytes: how much memory decoded pictures may take; those beyond are decoded each time.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        preprocess: Preprocess,
+        limits: Limits = Limits(),
+        room_bytes: int = 2**30,
+    ) -> None:
+        self.paths, self.preprocess, self.limits = paths, preprocess, limits
+        self.room_bytes = room_bytes
+        self._kept: dict[int, Image.Image] = {}
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def open(self, index: int) -> Image.Image:
+        """A picture, upright and RGB; it must not be changed.
+
+        Raises:
+            UnreadableImage: where it cannot be decoded.
+        """
+        image = self._kept.get(index)
+        if image is None:
+            image = open_image(self.paths[index], self.limits)
+            size = 4 * image.width * image.height  # Pillow keeps four bytes a pixel
+            if size <= self.room_bytes:  # threads may overdraw it by a picture each
+                self.room_bytes -= size
+                self._kept[index] = image
+        return image
+
+    def view(self, index: int) -> NDArray[np.uint8]:
+        """What evaluation sees of a picture, uint8 (size, size, 3)."""
+        return self.preprocess.apply(self.open(index))
+
+    def vary(self, draw: Draw, augmentation: Augmentation, seed: int, epoch: int) -> NDArray[np.uint8]:
+        """What an epoch of training sees of a picture, uint8 (size, size, 3): a function of (seed, epoch, draw)."""
+        random = np.random.default_rng([AUGMENT, seed, epoch, draw.sample, draw.turn])
+        return augmentation.apply(self.open(draw.sample), self.preprocess, random)
+
+    def embed(self, rows: Sequence[int], compute: Compute) -> Generator[NDArray[np.float32], None, None]:
+        """What `compute` makes of pictures' evaluation views, in order, a batch at a time; on all cores."""
+
+        def run(batch: Sequence[int]) -> NDArray[np.float32]:
+            return compute(np.stack([self.view(row) for row in batch]))
+
+        batched = [rows[start : start + BATCH_SIZE] for start in range(0, len(rows), BATCH_SIZE)]
+        return ahead(run, batched, count_cpus(), 2 * count_cpus())
+
+
+def ahead(function: Callable[[T], R], items: Iterable[T], workers: int, window: int) -> Generator[R, None, None]:
+    """What a function gives for each item, in order, by threads that run up to `window` items ahead."""
+    with ThreadPoolExecutor(workers, thread_name_prefix="headstart") as executor:
+        waiting: deque[Future[R]] = deque()
+        try:
+            for item in items:
+                waiting.append(executor.submit(function, item))
+                if len(waiting) >= window:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            executor.shutdown(wait=False, cancel_futures=True)
+
+
+def mix(
+    pixels: NDArray[np.float32], partners: NDArray[np.float32], mixes: Sequence[Mix]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """(pictures mixed with their partners, (n, size, size, 3); the share of each first picture, (n,))."""
+    mixed, shares = pixels.copy(), np.empty(len(mixes), np.float32)
+    side = pixels.shape[1]
+    for row, one in enumerate(mixes):
+        if one.box is None:
+            mixed[row] = one.share * pixels[row] + (1 - one.share) * partners[row]
+            shares[row] = one.share
+        else:
+            left, top, right, bottom = (round(edge * side) for edge in one.box)
+            mixed[row, top:bottom, left:right] = partners[row, top:bottom, left:right]
+            shares[row] = 1 - (right - left) * (bottom - top) / side**2  # of the box that is left at the edges
+    return mixed, shares

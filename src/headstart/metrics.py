@@ -298,6 +298,15 @@ def find_thresholds(probabilities: Floats, targets: NDArray[np.bool_], fewest: i
     return tuple(thresholds)
 
 
+def is_better(name: str, value: float, best: float) -> bool:
+    """Whether a figure's value is better than the best so far (NaN: none yet); a value that is not finite never is."""
+    if not math.isfinite(value):
+        return False
+    if math.isnan(best):
+        return True
+    return value < best if name in ("log_loss", "ece") else value > best
+
+
 def _counts_single(
     probabilities: Floats, targets: NDArray[np.int64]
 ) -> Callable[[Floats], tuple[Floats, Floats, Floats]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import logging
 import math
@@ -32,7 +31,7 @@ from headstart.errors import (
     ModelFileError,
     NewerModel,
 )
-from headstart.files import write_whole
+from headstart.files import UNSEALED, holds_seal, seal, write_whole
 from headstart.heads import NearestNeighbours
 from headstart.images import Limits, Preprocess
 from headstart.loading import Picture, Wanted
@@ -44,7 +43,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SCHEMA = 1
-_UNSEALED = "0" * 64
 _MARK = b'"headstart"'
 
 
@@ -79,6 +77,13 @@ class Prediction:
         return {"source": self.source, **label, "confidence": self.confidence, "probabilities": shown}
 
 
+def to_probabilities(logits: Tensor | NDArray[np.float32], temperature: float, task: Task) -> NDArray[np.float64]:
+    """Probabilities (n, classes) of logits (n, classes): the only way from one to the other."""
+    scaled = torch.as_tensor(logits).double() / temperature
+    values: NDArray[np.float64] = (scaled.softmax(1) if task == "single" else scaled.sigmoid()).numpy()
+    return values
+
+
 @dataclass(frozen=True, eq=False)
 class Classifier:
     """A trained image classifier.
@@ -109,10 +114,8 @@ class Classifier:
         return self.backbone.spec.preprocess
 
     def probabilities(self, logits: Tensor | NDArray[np.float32]) -> NDArray[np.float64]:
-        """Probabilities (n, classes) of logits (n, classes): the only way from one to the other."""
-        scaled = torch.as_tensor(logits).double() / self.temperature
-        values: NDArray[np.float64] = (scaled.softmax(1) if self.task == "single" else scaled.sigmoid()).numpy()
-        return values
+        """Probabilities (n, classes) of logits (n, classes)."""
+        return to_probabilities(logits, self.temperature, self.task)
 
     def classify(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
         """Probabilities (n, classes) of features (n, dim)."""
@@ -181,7 +184,7 @@ class Classifier:
         tensors |= {f"head.{name}": tensor for name, tensor in self.head.state_dict().items()}
         described = {
             "schema": SCHEMA,
-            "sha256": _UNSEALED,
+            "sha256": UNSEALED,
             "backbone": self.backbone.spec.to_json(),
             "head": _describe_head(self.head),
             "classes": list(self.classes),
@@ -192,8 +195,7 @@ class Classifier:
             "provenance": dict(self.provenance),
         }
         content = save({name: t.contiguous() for name, t in tensors.items()}, {"headstart": json.dumps(described)})
-        seal = hashlib.sha256(content).hexdigest().encode()
-        write_whole(Path(path), content.replace(_UNSEALED.encode(), seal, 1))
+        write_whole(Path(path), seal(content))
 
 
 def load(path: str | os.PathLike[str]) -> Classifier:
@@ -243,14 +245,14 @@ def _read_header(file: Path, content: bytes) -> dict[str, Any]:
         header = json.loads(content[8 : 8 + length])
         described: dict[str, Any] = json.loads(header.pop("__metadata__")["headstart"])
         size = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        seal, schema = str(described["sha256"]), int(described["schema"])
+        sha256, schema = str(described["sha256"]), int(described["schema"])
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         if _MARK not in content[:65536]:
             raise foreign from error
         raise CorruptModel(file, "is damaged or cut short (its header cannot be read)", remedy) from error
     if len(content) < size:
         raise CorruptModel(file, f"is cut short ({len(content)} of {size} bytes)", remedy)
-    if len(seal) != 64 or hashlib.sha256(content.replace(seal.encode(), _UNSEALED.encode(), 1)).hexdigest() != seal:
+    if not holds_seal(content, sha256):
         raise CorruptModel(file, "is damaged (its checksum does not match)", remedy)
     if schema > SCHEMA:
         why = f"has schema {schema}, this version knows up to {SCHEMA}"
@@ -287,7 +289,20 @@ def _describe_head(head: nn.Module) -> dict[str, Any]:
         return {"kind": "knn", "classes": head.classes, "k": head.k}
     if isinstance(head, nn.Linear) and head.bias is not None:
         return {"kind": "linear"}
-    raise TypeError(f"a head must be Linear or NearestNeighbours to be saved, not {type(head).__name__}")
+    if isinstance(head, nn.Sequential) and all(type(layer) in _LAYERS.values() for layer in head):
+        names = {kind: name for name, kind in _LAYERS.items()}
+        return {"kind": "layers", "layers": [names[type(layer)] for layer in head]}
+    raise TypeError(f"a head of {type(head).__name__} cannot be saved: Linear, NearestNeighbours, or a known sequence")
+
+
+# What a head with several layers may consist of. Dropout does nothing in a trained head, and keeps the layers' numbers.
+_LAYERS: dict[str, type[nn.Module]] = {
+    "linear": nn.Linear,
+    "batch_norm": nn.BatchNorm1d,
+    "relu": nn.ReLU,
+    "elu": nn.ELU,
+    "dropout": nn.Dropout,
+}
 
 
 def _build_head(described: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
@@ -295,7 +310,19 @@ def _build_head(described: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn
         return NearestNeighbours(
             state["vectors"], state["labels"], state["mean"], state["scale"], described["classes"], described["k"]
         ).eval()
-    return _linear(state["weight"], state["bias"])
+    if described["kind"] == "linear":
+        return _linear(state["weight"], state["bias"])
+    layers: list[nn.Module] = []
+    for number, name in enumerate(described["layers"]):
+        if name == "linear":
+            layers.append(_linear(state[f"{number}.weight"], state[f"{number}.bias"]))
+        elif name == "batch_norm":
+            layers.append(nn.BatchNorm1d(len(state[f"{number}.weight"])))
+        else:
+            layers.append(_LAYERS[name]())
+    head = nn.Sequential(*layers)
+    head.load_state_dict(dict(state))
+    return head.eval().requires_grad_(False)
 
 
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from headstart.config import RunConfig
+from headstart.config import EngineConfig, RunConfig
 from headstart.data import Task
+from headstart.errors import UsageError
 
 KNN_PICTURES = 20_000  # with more, a model that holds all training features is no longer small
+Strategy = Literal["probe", "finetune", "lp-ft", "two-stage", "scratch"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The number format, and the layout in memory, that forward and backward passes are computed in."""
+
+    precision: str  # float32, bfloat16 or float16
+    channels_last: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.precision}, channels {'last' if self.channels_last else 'first'}"
 
 
 @dataclass(frozen=True)
@@ -17,12 +31,13 @@ class Situation:
 
     task: Task
     classes: int
-    pictures: int  # that heads are fitted on: of the roles `fit` and `select`
-    select: int  # of them, of the role `select`
+    pictures: int  # that are trained on
+    select: int  # of the role `select`
     smallest_class: int
     folds: int  # that the smallest class and the groups allow
     device: str
-    precision: str
+    precision: str  # of features and predictions
+    layout: Layout | None = None  # the fastest for training, where weights are trained
 
 
 @dataclass(frozen=True)
@@ -35,41 +50,158 @@ class FitHead:
 
 
 @dataclass(frozen=True)
+class Train:
+    """A phase: weights trained by gradient. Its settings are all decided: no `auto`, no 0 for "by strategy"."""
+
+    settings: EngineConfig
+    layout: Layout
+    start: Literal["pretrained", "random"] = "pretrained"
+    on: Literal["pictures", "features"] = "pictures"  # features: those of the cache, for a head alone
+    phase: Literal["train"] = "train"
+
+
+Phase = FitHead | Train
+
+
+@dataclass(frozen=True)
 class Plan:
     """The phases of a run, with reasons in words and numbers. Nothing in it is left to be decided."""
 
-    strategy: Literal["probe"]
+    strategy: Strategy
     device: str
     precision: str
-    phases: tuple[FitHead, ...]
+    phases: tuple[Phase, ...]
     reasons: tuple[str, ...]
+
+    @property
+    def trains(self) -> bool:
+        """Whether weights are trained by gradient."""
+        return any(isinstance(phase, Train) for phase in self.phases)
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values."""
         return asdict(self)
 
 
+def trains(config: RunConfig) -> bool:
+    """Whether the settings ask for weights to be trained by gradient, which needs pictures to choose by."""
+    return config.train.strategy not in ("auto", "probe") or config.engine.head != "linear"
+
+
+def needs_features(config: RunConfig) -> bool:
+    """Whether a phase works on the pretrained network's features."""
+    engine = config.engine
+    return config.train.strategy in ("auto", "probe", "lp-ft") or (engine.freeze == "all" and engine.augment == "none")
+
+
 def decide(situation: Situation, config: RunConfig) -> Plan:
-    """The plan for a situation."""
+    """The plan for a situation.
+
+    Raises:
+        UsageError: where settings contradict each other.
+    """
     s, reasons = situation, []
+    strategy: Strategy = "probe" if config.train.strategy == "auto" else config.train.strategy
     if config.train.strategy == "auto":
         reasons.append("strategy auto: probe, which trains no weight of the network")
     else:
-        reasons.append(f"strategy {config.train.strategy}: as set")
+        reasons.append(f"strategy {strategy}: as set")
+    _check(s, strategy, config.engine)
+    phases: list[Phase] = []
+    if strategy == "lp-ft" or not trains(config):
+        phases.append(_plan_head(s, config, linear=strategy == "lp-ft", reasons=reasons))
+    if trains(config):
+        phases += _plan_training(s, strategy, config.engine, reasons)
+    why = "the fastest format that this processor computes in" if config.model.precision == "auto" else "as set"
+    reasons.append(f"{s.precision} on {s.device}: {why}")
+    return Plan(strategy, s.device, s.precision, tuple(phases), tuple(reasons))
+
+
+def _check(situation: Situation, strategy: Strategy, engine: EngineConfig) -> None:
+    if situation.task == "multi" and engine.loss in ("cross-entropy", "nll"):
+        raise UsageError("loss", f"{engine.loss} is for one label a picture", "Give bce-with-logits or focal.")
+    if strategy == "lp-ft" and engine.head != "linear":
+        why = f"lp-ft fits a linear head first, and --head is {engine.head}"
+        raise UsageError("strategy", why, "Give --strategy two-stage, which trains any head first.")
+    if strategy == "scratch" and engine.freeze:
+        raise UsageError("freeze", "freezes random weights", "Leave it out, or give another --strategy.")
+
+
+def _plan_head(s: Situation, config: RunConfig, linear: bool, reasons: list[str]) -> FitHead:
     heads: tuple[str, ...] = ("logistic", "svm", "means", "knn")
     if s.task == "multi":
         heads = ("logistic",)
         reasons.append("several labels a picture: one logistic regression for each label")
+    elif linear:
+        heads = ("logistic", "svm", "means")
     elif s.pictures > KNN_PICTURES:
         heads = ("logistic", "svm", "means")
         reasons.append(
             f"{s.pictures} pictures for training, over {KNN_PICTURES}: no kNN, its model would hold them all"
         )
-    if s.select:
+    if s.select and not linear:
         reasons.append(f"nothing is left to choose on the {s.select} select pictures: heads are fitted on them too")
     if s.folds < config.train.folds:
         cause = f"the smallest class has {s.smallest_class}" if s.smallest_class <= s.folds else "groups allow no more"
         reasons.append(f"{s.folds} folds instead of {config.train.folds}: {cause}")
-    why = "the fastest format that this processor computes in" if config.model.precision == "auto" else "as set"
-    reasons.append(f"{s.precision} on {s.device}: {why}")
-    return Plan("probe", s.device, s.precision, (FitHead(heads, s.folds),), tuple(reasons))
+    return FitHead(heads, s.folds)
+
+
+def _plan_training(s: Situation, strategy: Strategy, engine: EngineConfig, reasons: list[str]) -> list[Phase]:
+    assert s.layout is not None  # measured wherever weights are trained
+    settings = settle(s, strategy, engine)
+    reasons.append(f"the best of {settings.epochs} epochs by {settings.best_by} on {s.select} select pictures")
+    reasons.append(f"{settings.optimizer}, learning rate {settings.learning_rate:g}, {settings.batch_size} a batch")
+    start: Literal["pretrained", "random"] = "random" if strategy == "scratch" else "pretrained"
+    still = strategy == "probe" or (settings.freeze == "all" and not settings.unfreeze_epochs)
+    if still and settings.augment == "none" and start == "pretrained":
+        reasons.append("only the head is trained, and pictures are not varied: on features, computed once")
+        return [Train(settings, s.layout, start, "features")]
+    reasons.append(f"training in {s.layout}")
+    last = Train(settings, s.layout, start)
+    if strategy != "two-stage":
+        return [last]
+    first = dataclasses.replace(
+        settings,
+        epochs=settings.head_epochs,
+        optimizer="adam",
+        learning_rate=settings.head_rate,
+        schedule="constant",
+        freeze="all",
+        unfreeze_epochs=0,
+        rates="",
+        find_lr=False,
+        weight_decay=0.0,
+    )
+    reasons.append(f"first the head alone: {first.epochs} epochs by adam at {first.learning_rate:g}")
+    return [Train(first, s.layout, start), last]
+
+
+def settle(s: Situation, strategy: Strategy, engine: EngineConfig) -> EngineConfig:
+    """The engine's settings with everything decided that was left open."""
+    return dataclasses.replace(
+        engine,
+        epochs=engine.epochs or EPOCHS[strategy],
+        batch_size=engine.batch_size or choose_batch_size(s.pictures),
+        learning_rate=engine.learning_rate or RATES[strategy] * (SGD_OVER_ADAM if engine.optimizer == "sgd" else 1.0),
+        layer_decay=engine.layer_decay or (1.0 if strategy == "scratch" else LAYER_DECAY),
+        loss=("bce-with-logits" if s.task == "multi" else "cross-entropy") if engine.loss == "auto" else engine.loss,
+        batch_norm=("train" if strategy == "scratch" else "frozen")
+        if engine.batch_norm == "auto"
+        else engine.batch_norm,
+        augment="none" if strategy == "probe" and engine.augment == "auto" else engine.augment,
+    )
+
+
+EPOCHS: dict[Strategy, int] = {"probe": 100, "finetune": 10, "lp-ft": 6, "two-stage": 8, "scratch": 60}
+RATES: dict[Strategy, float] = {"probe": 1e-3, "finetune": 1e-3, "lp-ft": 3e-4, "two-stage": 5e-4, "scratch": 2e-3}
+SGD_OVER_ADAM = 10.0
+LAYER_DECAY = 0.75
+
+
+def choose_batch_size(pictures: int) -> int:
+    """32 pictures, fewer where an epoch would have less than eight steps, but at least 4."""
+    size = 32
+    while size > 4 and pictures < 8 * size:
+        size //= 2
+    return size

@@ -19,7 +19,7 @@ from headstart.files import write_whole
 
 LOCK = ".lock"
 # Settings that change how fast a result comes, not what it is.
-_FREE = {"cache"}
+_FREE = {"cache", "checkpoint_minutes", "memory_mebibytes", "tensorboard"}
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class RunFolder:
     """A run's folder; `finished` where its last file, `metrics.json`, is there."""
 
     path: Path
+    writes: bool = True  # of several processes, one does
 
     @property
     def finished(self) -> bool:
@@ -35,11 +36,17 @@ class RunFolder:
 
     def write_json(self, name: str, values: Any) -> None:
         """Write a JSON file, whole or not at all."""
-        write_whole(self.path / name, (json.dumps(values, indent=2) + "\n").encode())
+        self.write_text(name, json.dumps(values, indent=2) + "\n")
+
+    def read_json(self, name: str) -> Any:
+        """What a JSON file holds; None where it is not there."""
+        file = self.path / name
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
     def write_text(self, name: str, text: str) -> None:
         """Write a text file, whole or not at all; names that are not UTF-8 keep their bytes."""
-        write_whole(self.path / name, text.encode("utf-8", "surrogateescape"))
+        if self.writes:
+            write_whole(self.path / name, text.encode("utf-8", "surrogateescape"))
 
     def read_split(self) -> tuple[Path, Task, tuple[Sample, ...]]:
         """(the root of the run's data, its task, its samples with their roles).

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from headstart.data import Dataset, Role, Sample, Task
-from headstart.files import write_whole
 
 COLUMNS = ("source", "label", "group", "role")
 
@@ -34,6 +33,21 @@ def assign_roles(dataset: Dataset, groups: Mapping[str, str], report_share: floa
     roles: tuple[Role, Role] = ("fit", "report")
     return dataset.with_samples(
         dataclasses.replace(sample, role=roles[part]) for sample, part in zip(dataset.samples, parts, strict=True)
+    )
+
+
+def assign_select(dataset: Dataset, groups: Mapping[str, str], share: float, seed: int) -> Dataset:
+    """The data set with a share of `fit` in `select`, stratified and grouped; a given `select` stays.
+
+    A class of one picture or group stays in `fit`.
+    """
+    if dataset.of_role("select"):
+        return dataset
+    fitted = dataset.of_role("fit")
+    parts = _deal(fitted, groups, (1.0 - share, share), seed, at_least_one=True)
+    chosen = {sample.source for sample, part in zip(fitted, parts, strict=True) if part}
+    return dataset.with_samples(
+        dataclasses.replace(sample, role="select") if sample.source in chosen else sample for sample in dataset.samples
     )
 
 
@@ -121,14 +135,14 @@ def _reserve(lacks: dict[str, list[float]], contents: Mapping[str, Counter[str]]
             wanted[smallest] = 1.0
 
 
-def write_split(dataset: Dataset, path: Path) -> None:
-    """Write `split.csv`: source, label, group, role; several labels are joined by |."""
+def to_csv(dataset: Dataset) -> str:
+    """What stands in `split.csv`: source, label, group, role; several labels are joined by |."""
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(COLUMNS)
     for sample in dataset.samples:
         writer.writerow((sample.source, "|".join(sample.labels), sample.group, sample.role))
-    write_whole(path, text.getvalue().encode("utf-8", "surrogateescape"))
+    return text.getvalue()
 
 
 def read_split(path: Path, task: Task) -> tuple[Sample, ...]:

@@ -5,44 +5,46 @@ Modules that need torch are imported where they are used: pictures are decoded w
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import functools
+import importlib.util
 import logging
 import os
 import platform
+import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
-from headstart import backbones, embedders, features, loading, plan, quality, reading, runs, splits
+from headstart import backbones, checkpoints, loading, plan, processes, quality, reading, runs, splits, views
 from headstart import config as configs
 from headstart.backbones import Backbone, Spec
 from headstart.config import RunConfig
 from headstart.data import Dataset, Sample, count_classes
-from headstart.errors import DataError, RunError
+from headstart.errors import ConfigError, DataError, RunError
 from headstart.features import Survey, Track
 from headstart.files import digest
-from headstart.images import Limits
-from headstart.plan import Plan, Situation
+from headstart.plan import FitHead, Layout, Plan, Situation
+from headstart.processes import World
 from headstart.quality import Audit
 from headstart.runs import RunFolder
+from headstart.views import View
 
 if TYPE_CHECKING:
     from headstart.evaluation import Evaluation
-    from headstart.heads import FittedHead
+    from headstart.fitting import Bench
     from headstart.model import Classifier
 
 log = logging.getLogger(__name__)
 
 Data = str | os.PathLike[str] | Dataset
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,62 +87,78 @@ def train(
     if resolved.data.images:  # so that the run can be measured again from anywhere
         images = dataclasses.replace(resolved.data, images=os.path.abspath(resolved.data.images))
         resolved = dataclasses.replace(resolved, data=images)
+    if resolved.engine.tensorboard:
+        _check_tensorboard()
     dataset, path = _read(data, resolved)
-    with runs.open_run(out, path, dataset, resolved, resume) as folder:
+    world = processes.find_world()
+    if world.size > 1:
+        processes.join(world, views.find_device(resolved, world))
+    with _open(out, path, dataset, resolved, resume, world) as folder:
         if folder.finished:
             return None
-        located = backbones.locate(resolved.model.backbone, resolved.model.weights)
-        for note in located.notes:
-            log.info("weights: %s", note)
-        load = functools.cache(lambda: backbones.load(located))
-        if not located.packaged:
-            load()  # weights that do not fit are found before long work
-        return _conduct(folder, dataset, located.spec, load, resolved, track)
+        network = _find_network(resolved)
+        try:
+            return _conduct(folder, dataset, network, resolved, track if world.first else _quietly, world)
+        except KeyboardInterrupt:
+            if world.first:
+                words = ("train", path, "--out", folder.path, "--config", folder.path / "config.toml", "--resume")
+                log.info("to go on: headstart %s", shlex.join(str(word) for word in words))
+            raise
 
 
 def _conduct(
-    folder: RunFolder, given: Dataset, spec: Spec, load: Callable[[], Backbone], config: RunConfig, track: Track
+    folder: RunFolder, given: Dataset, network: _Network, config: RunConfig, track: Track, world: World
 ) -> Run:
     """The run, from the first picture to the last file; `metrics.json` comes last and marks it as finished."""
     clock = _Clock()
-    view = look(given, spec, load, config, track, spare_cache=folder.path / "cache")
+    view = _look(folder, given, network, config, track, world)
     clock.mark("pictures")
-    from headstart import evaluation
+    from headstart import evaluation, fitting
 
     audit, dataset = _deal(given, view.survey, config)
-    fitted, report = (*dataset.of_role("fit"), *dataset.of_role("select")), dataset.of_role("report")
-    chosen = plan.decide(_situation(dataset, fitted, audit, config, view), config)
-    if not chosen.phases[0].folds:
-        why = "has no class with two pictures or groups for training: none can be held out to choose by"
-        raise DataError(given.root, why, "Add pictures, or give smaller groups.")
+    bench = _set_up(dataset, network, view, config, world)
+    chosen = _decide(folder, bench, audit, config, view)
     folder.write_json("audit.json", audit.to_json())
-    folder.write_json("plan.json", chosen.to_json())
-    splits.write_split(dataset, folder.path / "split.csv")
+    folder.write_text("split.csv", splits.to_csv(dataset))
     clock.mark("audit")
-    head = _fit(view.rows(fitted), fitted, dataset, audit, chosen, config)
-    clock.mark("heads")
-    classifier = _assemble(load(), head, fitted, dataset, config)
-    result = evaluation.assess(
-        classifier, view.rows(report), report, "report", config.evaluate.resamples, config.train.seed
+    classifier, chosen = _carry_out(folder, chosen, bench, audit, config, track)
+    clock.mark("training" if chosen.trains else "heads")
+    report = dataset.of_role("report")
+    if classifier.backbone is bench.backbone:
+        rows = view.rows(report)
+    else:
+        album = bench.album(report)
+        rows = fitting.embed(classifier.backbone, album, bench.device, bench.precision, world)
+    assess = functools.partial(
+        evaluation.assess, role="report", resamples=config.evaluate.resamples, seed=config.train.seed
     )
-    clean = _without_duplicates(report, fitted, audit)
+    result = assess(classifier, rows, report)
+    clean = _without_duplicates(report, dataset, audit)
     unleaked = None
     if clean and len(clean) < len(report):
-        unleaked = evaluation.assess(
-            classifier, view.rows(clean), clean, "report", config.evaluate.resamples, config.train.seed
-        )
+        unleaked = assess(classifier, rows[clean], [report[place] for place in clean])
     clock.mark("intervals")
-    classifier.save(folder.path / "model.safetensors")
-    folder.write_text("predictions.csv", result.to_csv())
-    clock.mark("writing")
     seconds = {**clock.seconds, **view.survey.seconds}
-    folder.write_json("environment.json", _environment(spec, view, seconds))
-    measured = result.to_json()
-    if len(clean) < len(report):
-        without = unleaked.to_json()["metrics"] if unleaked is not None else {}
-        measured["without_leaks"] = {"n": len(clean), "metrics": without}
+    run = Run(folder.path, classifier, result, len(report) - len(clean), unleaked, audit, chosen, seconds)
+    if world.first:
+        _write(folder, run, network.spec, view)
+    return run
+
+
+def _write(folder: RunFolder, run: Run, spec: Spec, view: View) -> None:
+    run.classifier.save(folder.path / "model.safetensors")
+    folder.write_text("predictions.csv", run.evaluation.to_csv())
+    folder.write_json("environment.json", _environment(spec, view, run.seconds))
+    measured = run.evaluation.to_json()
+    if run.leaked:
+        without = run.unleaked.to_json()["metrics"] if run.unleaked is not None else {}
+        measured["without_leaks"] = {"n": len(run.evaluation.sources) - run.leaked, "metrics": without}
     folder.write_json("metrics.json", measured)
-    return Run(folder.path, classifier, result, len(report) - len(clean), unleaked, audit, chosen, seconds)
+    checkpoints.remove(folder.path)
+    if run.plan.trains:
+        from headstart import history
+
+        history.draw(folder.path)
 
 
 def audit(
@@ -158,9 +176,7 @@ def audit(
     """
     config = configs.resolve(None, settings)
     dataset, _ = _read(data, config)
-    with features.open_cache(config.train.cache, _cache_folder()) as cache:
-        paths = [dataset.path(source) for source in dataset.sources]
-        survey = features.survey(paths, dataset.sources, cache, _limits(config), track)
+    survey = views.survey(dataset, config, track)
     return quality.inspect(dataset, survey.digests, survey.facts, survey.unreadable, strict=False)
 
 
@@ -196,7 +212,9 @@ def evaluate(
         if odd:
             why = f"{odd[0].source!r} has {len(odd[0].labels)} labels, and the classifier gives one"
             raise DataError(dataset.root, why, "Give a column `label`, or --task single.")
-    view = look(dataset, classifier.backbone.spec, lambda: classifier.backbone, config, track, limits=classifier.limits)
+    view = views.look(
+        dataset, classifier.backbone.spec, lambda: classifier.backbone, config, track, limits=classifier.limits
+    )
     samples = [sample for sample in dataset.samples if sample.source not in view.survey.unreadable]
     if not samples:
         source, why = next(iter(view.survey.unreadable.items()))
@@ -209,53 +227,6 @@ def evaluate(
     return dataclasses.replace(result, unreadable=view.survey.unreadable, fitted_on=seen)
 
 
-@dataclass(frozen=True, eq=False)
-class View:
-    """The features and facts of a data set's pictures, and what they were made with."""
-
-    matrix: NDArray[np.float32]
-    survey: Survey
-    key: str
-    device: str
-    precision: str
-
-    def rows(self, samples: Sequence[Sample]) -> NDArray[np.float32]:
-        """The features of some pictures, (n, dim), in their order."""
-        place = {source: row for row, source in enumerate(self.survey.sources)}
-        wanted = [place[sample.source] for sample in samples]
-        return self.matrix if wanted == list(range(len(self.matrix))) else self.matrix[wanted]
-
-
-def look(
-    dataset: Dataset,
-    spec: Spec,
-    load: Callable[[], Backbone],
-    config: RunConfig,
-    track: Track,
-    spare_cache: Path | None = None,
-    limits: Limits | None = None,
-) -> View:
-    """Open every picture of a data set once and compute its features, but for what the cache has."""
-    chosen: dict[str, Any] = {}
-
-    def find_format() -> str:
-        chosen["device"] = embedders.resolve_device(config.model.device)
-        chosen["precision"] = embedders.resolve_precision(config.model.precision, chosen["device"])
-        return f"{chosen['precision']}-{chosen['device'].type}"
-
-    def make_embedder() -> loading.Compute:
-        embedder = embedders.prepare(load(), chosen["device"], chosen["precision"])
-        chosen["precision"] = str(embedder.dtype).removeprefix("torch.")  # float32 where the trial failed
-        return embedder
-
-    with features.open_cache(config.train.cache, _cache_folder(), spare_cache) as cache:
-        paths = [dataset.path(source) for source in dataset.sources]
-        extracted, survey = features.extract(
-            paths, dataset.sources, spec, find_format, make_embedder, cache, limits or _limits(config), track
-        )
-    return View(extracted.matrix, survey, extracted.key, str(chosen["device"]), chosen["precision"])
-
-
 # The steps of a run
 
 
@@ -265,18 +236,72 @@ def _read(data: Data, config: RunConfig, classes: Sequence[str] | None = None) -
     return reading.read(data, config.data, classes), Path(data)
 
 
-def _cache_folder() -> Path:
-    return configs.cache_folder() / "features"
+@dataclass(frozen=True, eq=False)
+class _Network:
+    """What a run starts from."""
+
+    spec: Spec
+    load: Callable[[], Backbone]
 
 
-def _limits(config: RunConfig) -> Limits:
-    return Limits(int(config.data.limit_megapixels * 1e6), int(config.data.limit_mebibytes * 2**20))
+def _find_network(config: RunConfig) -> _Network:
+    """The network of the settings; weights that do not fit are found before long work."""
+    size, name, file = config.model.size, config.model.backbone, config.model.weights
+    if config.train.strategy == "scratch":
+        untrained = backbones.untrained(name, config.train.seed, file)
+        untrained = dataclasses.replace(untrained, spec=untrained.spec.at(size))
+        return _Network(untrained.spec, lambda: untrained)
+    located = backbones.locate(name, file)
+    for note in located.notes:
+        log.info("weights: %s", note)
+    located = dataclasses.replace(located, spec=located.spec.at(size))
+    load = functools.cache(lambda: backbones.load(located))
+    if not located.packaged:
+        load()
+    return _Network(located.spec, load)
+
+
+@contextlib.contextmanager
+def _open(
+    out: str | os.PathLike[str] | None, path: Path, dataset: Dataset, config: RunConfig, resume: bool, world: World
+) -> Iterator[RunFolder]:
+    """The run's folder; of several processes the first opens it, and the others are told where it is."""
+    if world.first:
+        with runs.open_run(out, path, dataset, config, resume) as folder:
+            world.tell([os.fspath(folder.path)])
+            yield folder
+    else:
+        (name,) = world.tell([""])
+        yield RunFolder(Path(name), writes=False)
+
+
+def _check_tensorboard() -> None:
+    if importlib.util.find_spec("tensorboard") is None:
+        remedy = "Install it: pip install 'headstart[tensorboard]'"
+        raise ConfigError("tensorboard", "needs a package that is not installed", remedy)
+
+
+def _quietly(items: Iterable[T], total: int) -> Iterable[T]:
+    return items
+
+
+def _look(folder: RunFolder, given: Dataset, network: _Network, config: RunConfig, track: Track, world: World) -> View:
+    """The facts of all pictures, and their features where a phase needs them."""
+    spare = folder.path / "cache"
+    if plan.needs_features(config):
+        return views.look(given, network.spec, network.load, config, track, spare, world=world)
+    return views.without_features(views.survey(given, config, track, spare, world), config, world)
 
 
 def _deal(given: Dataset, survey: Survey, config: RunConfig) -> tuple[Audit, Dataset]:
     """The audit, and the readable pictures with their roles."""
     audit = quality.inspect(given, survey.digests, survey.facts, survey.unreadable)
     dataset = splits.assign_roles(audit.clean, audit.groups, config.train.report_share, config.train.seed)
+    if plan.trains(config):
+        dataset = splits.assign_select(dataset, audit.groups, config.train.select_share, config.train.seed)
+        if not dataset.of_role("select"):
+            why = "has too few pictures to keep any to choose by"
+            raise DataError(given.root, why, "Add pictures, or give --strategy probe.")
     trained = count_classes(sample for sample in dataset.samples if sample.role != "report")
     for label in dataset.classes:
         if not trained[label]:
@@ -290,8 +315,30 @@ def _deal(given: Dataset, survey: Survey, config: RunConfig) -> tuple[Audit, Dat
     return audit, dataset
 
 
-def _situation(dataset: Dataset, fitted: Sequence[Sample], audit: Audit, config: RunConfig, view: View) -> Situation:
-    return Situation(
+def _set_up(dataset: Dataset, network: _Network, view: View, config: RunConfig, world: World) -> Bench:
+    import torch
+
+    from headstart.fitting import Bench
+
+    room = config.engine.memory_mebibytes * 2**20
+    return Bench(
+        dataset,
+        network.load(),
+        torch.device(view.device),
+        view.precision,
+        views.limits_of(config),
+        room,
+        config.train.seed,
+        world,
+        view.rows,
+    )
+
+
+def _decide(folder: RunFolder, bench: Bench, audit: Audit, config: RunConfig, view: View) -> Plan:
+    """The plan, written; an interrupted run's layout is kept, as another one would end with other bits."""
+    dataset, trains = bench.dataset, plan.trains(config)
+    fitted = dataset.of_role("fit") if trains else (*dataset.of_role("fit"), *dataset.of_role("select"))
+    situation = Situation(
         dataset.task,
         len(dataset.classes),
         len(fitted),
@@ -300,65 +347,54 @@ def _situation(dataset: Dataset, fitted: Sequence[Sample], audit: Audit, config:
         splits.count_folds(fitted, audit.groups, config.train.folds),
         view.device,
         view.precision,
+        Layout("float32", False) if trains else None,  # until it is measured
     )
+    chosen = plan.decide(situation, config)
+    if trains:
+        from headstart import fitting
+
+        fitting.check_settings(bench, chosen)
+        before = folder.read_json("plan.json")
+        kept = [phase["layout"] for phase in before["phases"] if "layout" in phase] if before else []
+        layout = kept[0] if kept else dataclasses.asdict(fitting.measure_layout(bench, chosen, config))
+        chosen = plan.decide(dataclasses.replace(situation, layout=Layout(**bench.world.tell(layout))), config)
+    if any(isinstance(phase, FitHead) and not phase.folds for phase in chosen.phases):
+        why = "has no class with two pictures or groups for training: none can be held out to choose by"
+        raise DataError(dataset.root, why, "Add pictures, or give smaller groups.")
+    folder.write_json("plan.json", chosen.to_json())
+    return chosen
 
 
-def _fit(
-    matrix: NDArray[np.float32],
-    fitted: Sequence[Sample],
-    dataset: Dataset,
-    audit: Audit,
-    chosen: Plan,
-    config: RunConfig,
-) -> FittedHead:
-    from headstart import evaluation, heads
+def _carry_out(
+    folder: RunFolder, chosen: Plan, bench: Bench, audit: Audit, config: RunConfig, track: Track
+) -> tuple[Classifier, Plan]:
+    """(the classifier that the phases give, one after the other; the plan as it was carried out)."""
+    from headstart import evaluation, fitting
 
-    phase = chosen.phases[0]
-    held_out = splits.can_be_held_out(fitted, audit.groups)
-    tuned = [sample for sample, can_be in zip(fitted, held_out, strict=True) if can_be]
-    if len(tuned) > heads.TUNING_PICTURES:
-        parts = -(-len(tuned) // heads.TUNING_PICTURES)
-        slices = splits.assign_folds(tuned, audit.groups, parts, config.train.seed + 1)
-        tuned = [sample for sample, part in zip(tuned, slices, strict=True) if part == 0]
-    fold_of = dict(
-        zip(
-            (sample.source for sample in tuned),
-            splits.assign_folds(tuned, audit.groups, phase.folds, config.train.seed),
-            strict=True,
+    dataset, head = bench.dataset, None
+    fitted = dataset.of_role("fit") if chosen.trains else (*dataset.of_role("fit"), *dataset.of_role("select"))
+    provenance: dict[str, Any] = {"pictures": len(fitted), "heads": []}
+    if isinstance(chosen.phases[0], FitHead):
+        head = fitting.fit_heads(bench.rows(fitted), fitted, dataset, audit.groups, chosen.phases[0], config.train.seed)
+        # out of fold; the first was taken
+        provenance["heads"] = [dataclasses.asdict(candidate) for candidate in head.candidates]
+    if not chosen.trains:
+        assert head is not None
+        targets = evaluation.encode(fitted, dataset.classes)[head.rows]
+        classifier = fitting.assemble(
+            dataset, bench.backbone, head.module, head.temperature, head.logits, targets, bench.limits, provenance
         )
-    )
-    folds = [fold_of.get(sample.source, -1) for sample in fitted]
-    targets = evaluation.encode(fitted, dataset.classes)
-    single = dataset.task == "single"
-    return heads.fit_head(matrix, targets.argmax(1) if single else targets, folds, len(dataset.classes), phase.heads)
+        return classifier, chosen
+    trained = fitting.train_phases(folder, chosen, bench, head, track)
+    provenance["training"] = trained.facts
+    return fitting.finish(bench, trained.adapted, provenance), trained.plan
 
 
-def _assemble(
-    backbone: Backbone, head: FittedHead, fitted: Sequence[Sample], dataset: Dataset, config: RunConfig
-) -> Classifier:
-    from headstart import evaluation, metrics, model
-
-    provenance = {
-        "headstart": metadata.version("headstart"),
-        "data": dataset.root.name,
-        "pictures": len(fitted),
-        "heads": [dataclasses.asdict(candidate) for candidate in head.candidates],  # out of fold; the first was taken
-    }
-    classifier = model.Classifier(
-        backbone, head.module, dataset.classes, dataset.task, head.temperature, (), _limits(config), provenance
-    )
-    if dataset.task == "single":
-        return classifier
-    targets = evaluation.encode(fitted, dataset.classes)[head.rows]
-    thresholds = metrics.find_thresholds(classifier.probabilities(head.logits), targets)
-    return dataclasses.replace(classifier, thresholds=thresholds)
-
-
-def _without_duplicates(report: Sequence[Sample], fitted: Sequence[Sample], audit: Audit) -> list[Sample]:
-    """The report pictures that have no duplicate among those fitted on."""
-    trained = {sample.source for sample in fitted}
+def _without_duplicates(report: Sequence[Sample], dataset: Dataset, audit: Audit) -> list[int]:
+    """The places of the report pictures that have no duplicate among those fitted or chosen on."""
+    trained = {sample.source for sample in dataset.samples if sample.role != "report"}
     leaked = {source for group in audit.duplicates if trained & set(group) for source in group}
-    return [sample for sample in report if sample.source not in leaked]
+    return [place for place, sample in enumerate(report) if sample.source not in leaked]
 
 
 def _environment(spec: Spec, view: View, seconds: dict[str, float]) -> dict[str, Any]:

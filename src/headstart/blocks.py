@@ -1,0 +1,132 @@
+"""A network's blocks in the order they run: what can be frozen up to a point, and given learning rates by depth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from headstart.config import did_you_mean
+from headstart.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block and the names of the modules in it that are layers, or hold parameters or buffers of their own."""
+
+    name: str
+    modules: tuple[str, ...]
+
+
+def find_blocks(network: nn.Module, size: int) -> tuple[Block, ...]:
+    """A network's blocks, from its input to its output.
+
+    The network is run once: layers are taken in the order they are called. A block is a child of the network, or a
+    child's child where the child is a sequence (`layer1.0`, `features.3`); a norm or dropout by itself belongs to what
+    it follows. What belongs to no layer, such as position embeddings, is in the first block; layers that are never
+    called are in the last.
+
+    Args:
+        network: pictures (n, 3, size, size) -> features (n, dim); in evaluation mode.
+        size: side of its input in pixels.
+    """
+    found: dict[str, list[str]] = {}
+    loose: list[str] = []
+    for name in _run_order(network, size):
+        key = _key_of(network, name)
+        if not name:
+            loose.append(name)
+        elif key not in found and _is_norm(network.get_submodule(key)):
+            (found[next(reversed(found))] if found else loose).append(name)
+        else:
+            found.setdefault(key, []).append(name)
+    names = [*found] or [""]
+    found[names[0]] = [*loose, *found.get(names[0], [])]
+    return tuple(Block(name, tuple(found[name])) for name in names)
+
+
+def _run_order(network: nn.Module, size: int) -> list[str]:
+    """The names of layers and of other modules with tensors of their own, as they are first called."""
+    own = [name for name, module in network.named_modules() if _has_tensors(module) or not any(module.children())]
+    called: dict[str, None] = {}
+    hooks = [
+        network.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: called.setdefault(name))
+        for name in own
+    ]
+    example = next(network.parameters(), torch.zeros(0)).new_zeros(1, 3, size, size)
+    try:
+        with torch.no_grad():
+            network(example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [*called, *(name for name in own if name not in called)]
+
+
+def _has_tensors(module: nn.Module) -> bool:
+    return any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
+
+
+def _key_of(network: nn.Module, module_name: str) -> str:
+    parts = module_name.split(".")
+    sequence = bool(module_name) and isinstance(network.get_submodule(parts[0]), (nn.Sequential, nn.ModuleList))
+    return ".".join(parts[: 2 if sequence else 1])
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether a module scales and shifts, drops out or is an activation: it has no matrix."""
+    return all(parameter.ndim <= 1 for parameter in module.parameters())
+
+
+def count_frozen(blocks: Sequence[Block], freeze: str) -> int:
+    """How many blocks, from the input, a setting freezes: "" none, a number, `all`, or up to and with a named block.
+
+    Raises:
+        UsageError: for a name that no block has or begins with, or a number over the number of blocks.
+    """
+    names = [block.name for block in blocks]
+    if freeze in ("", "all"):
+        return len(blocks) if freeze else 0
+    if freeze.isascii() and freeze.isdigit():
+        if int(freeze) <= len(blocks):
+            return int(freeze)
+        raise UsageError("freeze", f"{freeze} is over the network's {len(blocks)} blocks", f"Blocks: {_list(names)}.")
+    matches = [number for number, name in enumerate(names, 1) if _is_in(name, freeze)]
+    if not matches:
+        why = f"{freeze!r} is no block of the network{did_you_mean(freeze, names)}"
+        raise UsageError("freeze", why, f"Blocks: {_list(names)}.")
+    return matches[-1]
+
+
+def read_rates(text: str, blocks: Sequence[Block]) -> dict[str, float]:
+    """Block name -> learning rate, of a setting such as `layer4=1e-4,layer3=1e-5`; `head` names the head.
+
+    Raises:
+        UsageError: for what cannot be read, or names no block.
+    """
+    rates: dict[str, float] = {}
+    names = [*(block.name for block in blocks), "head"]
+    for entry in filter(None, (part.strip() for part in text.split(","))):
+        part, _, value = entry.partition("=")
+        try:
+            rate = float(value)
+        except ValueError:
+            rate = -1.0
+        if not 0.0 <= rate < 1e3:
+            raise UsageError("rates", f"{entry!r} is no NAME=RATE", "Write them as layer4=1e-4,layer3=1e-5.")
+        matches = [name for name in names if _is_in(name, part.strip())]
+        if not matches:
+            why = f"{part!r} is no block of the network{did_you_mean(part, names)}"
+            raise UsageError("rates", why, f"Blocks: {_list(names)}.")
+        rates.update(dict.fromkeys(matches, rate))
+    return rates
+
+
+def _is_in(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(f"{prefix}.")
+
+
+def _list(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= 24 else f"{', '.join(names[:12])} ... {', '.join(names[-6:])}"

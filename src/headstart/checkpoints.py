@@ -1,0 +1,89 @@
+"""Checkpoints: tensors and facts in one file, checked when it is read, with the one before kept beside it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from headstart.errors import TrainingError
+from headstart.files import UNSEALED, holds_seal, seal, sync, write_whole
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+NAME, PREVIOUS = "checkpoint.safetensors", "checkpoint-previous.safetensors"
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """What a run needs to go on."""
+
+    tensors: Mapping[str, Tensor]
+    facts: Mapping[str, Any]  # JSON values
+
+
+def write(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint; the last one becomes the previous one. At every moment one of the two is whole.
+
+    Raises:
+        TrainingError: where the disk is full or cannot be written; the last checkpoint is still there.
+    """
+    from safetensors.torch import save
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
+    content = seal(save(tensors, {"checkpoint": json.dumps({"sha256": UNSEALED, **checkpoint.facts})}))
+    file, fresh = folder / NAME, folder / f"{NAME}.new"
+    try:
+        write_whole(fresh, content)
+        if file.exists():
+            file.replace(folder / PREVIOUS)
+        fresh.replace(file)
+        sync(folder)
+    except OSError as error:
+        free = shutil.disk_usage(folder).free / 2**20
+        why = (
+            f"cannot be written ({error.strerror}): {len(content) / 2**20:.1f} MiB are needed, {free:.1f} MiB are free"
+        )
+        remedy = "Free some space and give the same command: the last good checkpoint is kept."
+        raise TrainingError(file, why, remedy) from error
+
+
+def read(folder: Path) -> Checkpoint | None:
+    """The last checkpoint of a folder that is whole; None where there is none. Damaged ones are named in the log."""
+    for name in (NAME, PREVIOUS):
+        file = folder / name
+        if not file.exists():
+            continue
+        checkpoint = _read(file)
+        if checkpoint is not None:
+            return checkpoint
+        log.warning("checkpoint: %s: is damaged (its checksum does not match): the one before is used", file)
+    return None
+
+
+def remove(folder: Path) -> None:
+    """Take a folder's checkpoints away."""
+    for name in (NAME, PREVIOUS, f"{NAME}.new"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _read(file: Path) -> Checkpoint | None:
+    """The checkpoint in a file; None where a bit of it has changed or some of it is missing."""
+    from safetensors.torch import load
+
+    content = file.read_bytes()
+    # safetensors: 8 bytes of length, then that much JSON, then the tensors
+    length = int.from_bytes(content[:8], "little")
+    try:
+        facts = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["checkpoint"])
+        sha256 = str(facts.pop("sha256"))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+    return Checkpoint(load(content), facts) if holds_seal(content, sha256) else None

@@ -1,0 +1,402 @@
+"""What each phase of a plan does, heads fitted and weights trained, and the classifier that it gives."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from headstart import (
+    augmentation,
+    checkpoints,
+    embedders,
+    evaluation,
+    heads,
+    metrics,
+    model,
+    optimisation,
+    splits,
+    trials,
+)
+from headstart import config as configs
+from headstart.backbones import Backbone
+from headstart.blocks import Block, find_blocks
+from headstart.config import RunConfig
+from headstart.data import Dataset, Sample
+from headstart.engine import Adapted, Training
+from headstart.errors import UsageError
+from headstart.heads import FittedHead
+from headstart.history import open_history
+from headstart.images import Limits
+from headstart.loading import Album
+from headstart.material import Material
+from headstart.model import Classifier
+from headstart.plan import FitHead, Layout, Plan, Train
+from headstart.processes import World
+from headstart.runs import RunFolder
+
+log = logging.getLogger(__name__)
+
+
+def fit_heads(
+    matrix: NDArray[np.float32],
+    fitted: Sequence[Sample],
+    dataset: Dataset,
+    groups: Mapping[str, str],
+    phase: FitHead,
+    seed: int,
+) -> FittedHead:
+    """The best head on the features (n, dim) of some pictures, chosen by cross-validation."""
+    held_out = splits.can_be_held_out(fitted, groups)
+    tuned = [sample for sample, can_be in zip(fitted, held_out, strict=True) if can_be]
+    if len(tuned) > heads.TUNING_PICTURES:
+        parts = -(-len(tuned) // heads.TUNING_PICTURES)
+        slices = splits.assign_folds(tuned, groups, parts, seed + 1)
+        tuned = [sample for sample, part in zip(tuned, slices, strict=True) if part == 0]
+    numbers = splits.assign_folds(tuned, groups, phase.folds, seed)
+    fold_of = dict(zip((sample.source for sample in tuned), numbers, strict=True))
+    folds = [fold_of.get(sample.source, -1) for sample in fitted]
+    targets = evaluation.encode(fitted, dataset.classes)
+    single = dataset.task == "single"
+    return heads.fit_head(matrix, targets.argmax(1) if single else targets, folds, len(dataset.classes), phase.heads)
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """All that training phases work on.
+
+    Args:
+        dataset: the data, with roles.
+        backbone: where training starts from.
+        device: that it runs on.
+        precision: of the features by which a model is measured: that of prediction.
+        limits: what pictures are too large to be opened.
+        room_bytes: memory for decoded pictures.
+        seed: of everything random.
+        world: this process among others.
+        rows: pictures -> their features (n, dim), where a phase needs them.
+    """
+
+    dataset: Dataset
+    backbone: Backbone
+    device: torch.device
+    precision: str
+    limits: Limits
+    room_bytes: int
+    seed: int
+    world: World
+    rows: Callable[[Sequence[Sample]], NDArray[np.float32]]
+
+    @functools.cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """The backbone's blocks."""
+        return find_blocks(self.backbone.network, self.backbone.spec.preprocess.size)
+
+    @functools.cached_property
+    def dim(self) -> int:
+        """How many features the backbone gives."""
+        size = self.backbone.spec.preprocess.size
+        with torch.no_grad():
+            return int(self.backbone.network(torch.zeros(1, 3, size, size)).shape[1])
+
+    def begin(self, phase: Train, head: FittedHead | None) -> Adapted:
+        """A model to be trained, on the device: the backbone, or nothing in its place on features, and a head.
+
+        The head's temperature is divided out of a fitted one, so that training starts from calibrated logits.
+        """
+        settings = phase.settings
+        body = nn.Identity() if phase.on == "features" else copy.deepcopy(self.backbone.network)
+        if head is not None:
+            last = copy.deepcopy(head.module)
+            with torch.no_grad():
+                for parameter in last.parameters():
+                    parameter.div_(head.temperature)
+        else:
+            with torch.random.fork_rng([]):
+                torch.manual_seed(self.seed)
+                last = heads.make_head(
+                    settings.head, self.dim, len(self.dataset.classes), settings.hidden, settings.dropout
+                )
+        return Adapted(body, last).to(self.device)
+
+    def start(self, phase: Train, number: int, adapted: Adapted, folder: Path | None) -> Training:
+        """A phase, ready to run.
+
+        Raises:
+            UsageError: where its settings do not fit the network or the task.
+        """
+        samples = self.dataset.of_role("fit")
+        select = self.dataset.of_role("select")
+        on_features = phase.on == "features"
+        validate = self._judge_features(select) if on_features else self._judge_pictures(select)
+        material = self._features(samples) if on_features else self._pictures(samples, phase)
+        return Training(
+            adapted,
+            () if on_features else self.blocks,
+            phase.settings,
+            phase.layout,
+            material,
+            validate,
+            seed=self.seed,
+            phase=number,
+            folder=folder,
+            world=self.world,
+        )
+
+    def _pictures(self, samples: Sequence[Sample], phase: Train) -> Material:
+        preprocess, settings = self.backbone.spec.preprocess, phase.settings
+        varied = augmentation.parse(settings.augment, settings.symmetry, preprocess.size)
+        album = self.album(samples)
+        return Material(
+            lambda draw, epoch: album.vary(draw, varied, self.seed, epoch),
+            preprocess.normalise,
+            evaluation.encode(samples, self.dataset.classes),
+            self.dataset.task,
+        )
+
+    def _features(self, samples: Sequence[Sample]) -> Material:
+        matrix = self.rows(samples)
+        targets = evaluation.encode(samples, self.dataset.classes)
+        return Material(lambda draw, _: matrix[draw.sample], lambda rows: rows, targets, self.dataset.task)
+
+    def album(self, samples: Sequence[Sample]) -> Album:
+        """Pictures to be opened again and again."""
+        paths = [self.dataset.path(sample.source) for sample in samples]
+        return Album(paths, self.backbone.spec.preprocess, self.limits, self.room_bytes // 2)
+
+    def _judge_pictures(self, samples: Sequence[Sample]) -> Callable[[Adapted, Callable[[], None]], dict[str, float]]:
+        album = self.album(samples)
+
+        def judge(adapted: Adapted, check: Callable[[], None]) -> dict[str, float]:
+            check()
+            backbone = Backbone.of(self.backbone.spec, adapted.backbone)
+            matrix = embed(backbone, album, self.device, self.precision, self.world, check)
+            return self._score(adapted, matrix, samples)
+
+        return judge
+
+    def _judge_features(self, samples: Sequence[Sample]) -> Callable[[Adapted, Callable[[], None]], dict[str, float]]:
+        matrix = self.rows(samples)
+        return lambda adapted, check: self._score(adapted, matrix, samples)
+
+    def _score(self, adapted: Adapted, matrix: NDArray[np.float32], samples: Sequence[Sample]) -> dict[str, float]:
+        with torch.inference_mode():
+            logits = adapted.head(torch.from_numpy(matrix).to(self.device)).float().cpu().numpy()
+        return evaluation.score(logits, samples, self.dataset.classes, self.dataset.task)
+
+
+def embed(
+    backbone: Backbone,
+    album: Album,
+    device: torch.device,
+    precision: str,
+    world: World = World(),
+    check: Callable[[], None] = lambda: None,
+) -> NDArray[np.float32]:
+    """Features (n, dim) of an album's evaluation views, in order; every process computes a share and gets all.
+
+    Args:
+        backbone: the network, in evaluation mode.
+        album: the pictures.
+        device: that it runs on.
+        precision: number format.
+        world: this process among others.
+        check: called between batches.
+    """
+    embedder = embedders.prepare(backbone, device, precision)
+    rows, parts = world.share(range(len(album))), []
+    for part in album.embed(rows, embedder):
+        parts.append(part)
+        check()
+    if world.size == 1:
+        return np.concatenate(parts)
+    dim = torch.tensor(parts[0].shape[1] if parts else 0, device=device)
+    matrix = torch.zeros(len(album), int(world.most(dim)), device=device)
+    if parts:
+        matrix[list(rows)] = torch.from_numpy(np.concatenate(parts)).to(device)
+    whole: NDArray[np.float32] = world.sum(matrix).cpu().numpy()
+    return whole
+
+
+def finish(bench: Bench, adapted: Adapted, provenance: Mapping[str, Any]) -> Classifier:
+    """The classifier of a trained model, its temperature and thresholds found on the `select` pictures."""
+    backbone, on_features = bench.backbone, isinstance(adapted.backbone, nn.Identity)
+    if not on_features:
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in adapted.backbone.state_dict().items()}
+        origin = f"{backbone.spec.weights}, trained further" if backbone.spec.digest else "trained from random weights"
+        spec = dataclasses.replace(backbone.spec, weights=origin, digest=_digest(state))
+        backbone = Backbone(spec, state)
+    head = adapted.head.cpu().eval().requires_grad_(False)
+    samples = bench.dataset.of_role("select")
+    if on_features:
+        matrix = bench.rows(samples)
+    else:
+        matrix = embed(backbone, bench.album(samples), bench.device, bench.precision, bench.world)
+    with torch.inference_mode():
+        logits = head(torch.from_numpy(matrix)).numpy()
+    targets = evaluation.encode(samples, bench.dataset.classes)
+    multi = bench.dataset.task == "multi"
+    temperature, _ = metrics.find_temperature(logits, targets if multi else targets.argmax(1), multi)
+    return assemble(bench.dataset, backbone, head, temperature, logits, targets, bench.limits, provenance)
+
+
+def assemble(
+    dataset: Dataset,
+    backbone: Backbone,
+    head: nn.Module,
+    temperature: float,
+    logits: NDArray[np.float32],
+    targets: NDArray[np.bool_],
+    limits: Limits,
+    provenance: Mapping[str, Any],
+) -> Classifier:
+    """A classifier; with several labels a picture, its thresholds are found on logits it was not fitted to."""
+    facts = {"headstart": metadata.version("headstart"), "data": dataset.root.name, **provenance}
+    classifier = model.Classifier(backbone, head, dataset.classes, dataset.task, temperature, (), limits, facts)
+    if dataset.task == "single":
+        return classifier
+    thresholds = metrics.find_thresholds(classifier.probabilities(logits), targets)
+    return dataclasses.replace(classifier, thresholds=thresholds)
+
+
+def _digest(state: Mapping[str, Tensor]) -> str:
+    """A SHA-256 of weights, by which their features are told from others'."""
+    running = hashlib.sha256()
+    for name in sorted(state):
+        running.update(name.encode() + state[name].numpy().tobytes())
+    return running.hexdigest()
+
+
+def check_settings(bench: Bench, chosen: Plan) -> None:
+    """Find out before long work whether a plan's settings fit the network and the task.
+
+    Raises:
+        UsageError: where they do not.
+    """
+    dataset, preprocess = bench.dataset, bench.backbone.spec.preprocess
+    zeros = np.zeros((len(dataset.samples), len(dataset.classes)), np.float32)
+    for phase in chosen.phases:
+        if not isinstance(phase, Train):
+            continue
+        settings = phase.settings
+        known = evaluation.score(zeros, dataset.samples, dataset.classes, dataset.task)
+        if settings.best_by not in known:
+            remedy = f"Give one of {', '.join(known)}."
+            raise UsageError("best_by", f"{settings.best_by!r} is no figure of this task", remedy)
+        augmentation.parse(settings.augment, settings.symmetry, preprocess.size)
+        blocks = () if phase.on == "features" else bench.blocks
+        parts = optimisation.divide(bench.begin(phase, None), blocks, settings)
+        for name, rate in zip(parts.names, parts.rates, strict=True):
+            if rate > parts.rates[-1] > 0:
+                log.info("rates: %s learns faster (%g) than the new head (%g)", name, rate, parts.rates[-1])
+                break
+
+
+def measure_layout(bench: Bench, chosen: Plan, config: RunConfig) -> Layout:
+    """The layout in which the plan's last phase trains fastest on this machine; the first process measures."""
+    phase = chosen.phases[-1]
+    assert isinstance(phase, Train)
+    if phase.on == "features":
+        return Layout("float32", False)
+    if not bench.world.first:
+        return phase.layout  # it is told
+    spec = bench.backbone.spec
+    cache = None if config.train.cache == "none" else configs.cache_folder() / "layouts"
+    return trials.find_layout(
+        bench.begin(phase, None),
+        bench.blocks,
+        phase.settings,
+        spec.preprocess,
+        bench.dataset.task,
+        config.model.precision,
+        f"{spec.library}/{spec.architecture}",
+        cache,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A trained model, the plan as it was carried out, and what training came to."""
+
+    adapted: Adapted
+    plan: Plan
+    facts: list[dict[str, Any]]  # JSON values, of each phase
+
+
+def train_phases(folder: RunFolder, chosen: Plan, bench: Bench, head: FittedHead | None, track: Any) -> Trained:
+    """The training phases of a plan, from the folder's checkpoint where there is one.
+
+    Args:
+        folder: of the run.
+        chosen: the plan.
+        bench: what phases work on.
+        head: that a fitted phase gave; None: a new one.
+        track: wraps the steps and epochs to show progress; called with them and their number.
+    """
+    numbers = [number for number, phase in enumerate(chosen.phases) if isinstance(phase, Train)]
+    checkpoint = checkpoints.read(folder.path)
+    done = (-1, -1, 0)  # phase, epochs and steps
+    if checkpoint is not None:
+        done = checkpoint.facts["phase"], checkpoint.facts["state"]["epoch"], checkpoint.facts["state"]["step"]
+        log.info("going on after epoch %d, step %d", max(0, done[1]), done[2])
+    adapted: Adapted | None = None
+    facts = []
+    with open_history(folder, done, chosen) as history:
+        for number in numbers[max(0, numbers.index(done[0]) if checkpoint is not None else 0) :]:
+            phase = chosen.phases[number]
+            assert isinstance(phase, Train)
+            adapted = bench.begin(phase, head) if adapted is None else adapted
+            if phase.settings.find_lr:
+                chosen = _find_rate(folder, bench, chosen, number, adapted)
+                phase = chosen.phases[number]
+                assert isinstance(phase, Train)
+            training = bench.start(phase, number, adapted, folder.path)
+            started = time.perf_counter()
+            for record in track(training.run(), training.count_left()):
+                history.add(record)
+            state = training.state
+            facts.append(
+                {
+                    "best_epoch": state.best_epoch,
+                    "epochs": state.epoch,
+                    phase.settings.best_by: state.best,
+                    "trainable": training.trainable,
+                    "parameters": sum(p.numel() for p in adapted.parameters()),
+                    "seconds": round(time.perf_counter() - started, 1),
+                }
+            )
+    assert adapted is not None
+    return Trained(adapted, chosen, facts)
+
+
+def _find_rate(folder: RunFolder, bench: Bench, chosen: Plan, number: int, adapted: Adapted) -> Plan:
+    """The plan with the learning rate that a range test suggests; a run that goes on takes the one it had."""
+    phase = chosen.phases[number]
+    assert isinstance(phase, Train)
+    found = folder.read_json("learning_rate.json")
+    if found is None:
+        settings = dataclasses.replace(phase.settings, learning_rate=1.0, schedule="constant", rates="")
+        trial = dataclasses.replace(phase, settings=settings)
+        found = trials.find_rate(bench.start(trial, number, copy.deepcopy(adapted), None)).to_json()
+        folder.write_json("learning_rate.json", found)
+    rate = found["suggested"]
+    log.info("learning rate found: %.3g", rate)
+    phase = dataclasses.replace(phase, settings=dataclasses.replace(phase.settings, learning_rate=rate))
+    phases = (*chosen.phases[:number], phase, *chosen.phases[number + 1 :])
+    reasons = (*chosen.reasons, f"learning rate {rate:.3g}: by a range test")
+    chosen = dataclasses.replace(chosen, phases=phases, reasons=reasons)
+    folder.write_json("plan.json", chosen.to_json())
+    return chosen

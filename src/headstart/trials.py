@@ -1,0 +1,191 @@
+"""What is measured before training: the fastest way to compute a step, and the learning rate to train with."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import platform
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from headstart.blocks import Block
+from headstart.config import EngineConfig
+from headstart.data import Task
+from headstart.engine import Adapted, Training, kept_memory
+from headstart.errors import TrainingError
+from headstart.files import write_whole
+from headstart.images import Preprocess
+from headstart.material import Material
+from headstart.plan import Layout
+
+log = logging.getLogger(__name__)
+
+STEPS = 3  # that are timed, after one that is not
+MOST_PICTURES = 16  # a timed step: the ratios hardly change beyond
+RANGE = (1e-7, 1.0)  # learning rates of the range test
+RANGE_STEPS = 100
+SMOOTHING = 0.9
+
+
+def find_layout(
+    model: Adapted,
+    blocks: Sequence[Block],
+    settings: EngineConfig,
+    preprocess: Preprocess,
+    task: Task,
+    precision: str,
+    name: str,
+    cache: Path | None,
+) -> Layout:
+    """The layout in which a training step is fastest, timed once per network, settings and machine.
+
+    Neither bfloat16 nor channels-last is fastest everywhere: depthwise convolutions, for one, have slow backward passes
+    in bfloat16.
+
+    Args:
+        model: what will be trained, on its device; it is not changed.
+        blocks: its backbone's.
+        settings: of the engine, every one decided.
+        preprocess: the network's input.
+        task: one label a picture, or several.
+        precision: `auto`, or the only one to be considered.
+        name: of the network, for the cache.
+        cache: folder where answers are kept; None: nowhere.
+    """
+    device = next(model.parameters()).device
+    batch = min(settings.batch_size, MOST_PICTURES)
+    settings = dataclasses.replace(settings, batch_size=batch, accumulate=1, sampling="plain", ema=0.0)
+    file = None
+    if cache is not None:
+        described = (name, preprocess.size, batch, settings.freeze, settings.batch_norm, settings.optimizer, precision)
+        key = hashlib.sha256(json.dumps([*described, _describe_machine(device)]).encode()).hexdigest()[:32]
+        file = cache / f"layout-{key}.json"
+        if file.exists():
+            return Layout(**json.loads(file.read_text(encoding="utf-8")))
+    seconds: dict[Layout, float] = {}
+    with kept_memory():
+        for layout in _candidates(device, precision):
+            seconds[layout] = _time_steps(copy.deepcopy(model), blocks, settings, layout, preprocess, task)
+    best = min(seconds, key=seconds.__getitem__)
+    shown = "; ".join(f"{layout}: {batch / taken:.1f}" for layout, taken in seconds.items())
+    log.info("training steps timed, pictures a second: %s", shown)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, json.dumps(dataclasses.asdict(best)).encode())
+    return best
+
+
+def _candidates(device: torch.device, precision: str) -> list[Layout]:
+    if device.type == "cpu":
+        layouts = [Layout("float32", False), Layout("float32"), Layout("bfloat16")]
+    elif device.type == "cuda":
+        layouts = [Layout("float32"), Layout("bfloat16"), Layout("float16")]
+    else:
+        layouts = [Layout("float32", False), Layout("float32")]
+    chosen = [layout for layout in layouts if precision in ("auto", layout.precision)]
+    return chosen or [Layout(precision)]
+
+
+def _describe_machine(device: torch.device) -> list[str]:
+    processor = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor_name()
+    return [processor, str(torch.get_num_threads()), torch.__version__]
+
+
+def _processor_name() -> str:
+    """The processor's name and abilities: machines may share the first and differ in the others."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return f"{platform.machine()} {platform.processor()}"
+    lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+    return " ".join(next((line for line in lines if line.startswith(name)), "") for name in ("model name", "flags"))
+
+
+def _time_steps(
+    model: Adapted,
+    blocks: Sequence[Block],
+    settings: EngineConfig,
+    layout: Layout,
+    preprocess: Preprocess,
+    task: Task,
+) -> float:
+    """Seconds of a step in a layout, the median of several; infinite where it does not run."""
+    batch, size = settings.batch_size, preprocess.size
+    classes = next(reversed(list(model.head.parameters()))).shape[0]
+    pixels = np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)
+    targets = np.eye(classes, dtype=bool)[np.arange(batch * (STEPS + 1)) % classes]
+    material = Material(lambda *_: pixels, preprocess.normalise, targets, task)
+    training = Training(model, blocks, settings, layout, material, lambda *_: {})
+    training.state.epoch = 0
+    parallel, times = training.thaw(), []
+    try:
+        for window in training.show():
+            start = time.perf_counter()
+            training.take_step(parallel, window)
+            times.append(time.perf_counter() - start)
+    except (RuntimeError, TypeError, TrainingError) as error:  # no kernel for a layer in this format, or it overflows
+        log.info("training in %s is not possible: %s", layout, str(error).splitlines()[0])
+        return math.inf
+    return statistics.median(times[1:])
+
+
+@dataclass(frozen=True)
+class RangeTest:
+    """Losses while the learning rate rises from step to step, and the rate that they suggest."""
+
+    rates: tuple[float, ...]
+    losses: tuple[float, ...]  # smoothed
+    suggested: float
+
+    def to_json(self) -> dict[str, object]:
+        """The test as JSON values."""
+        return dataclasses.asdict(self)
+
+
+def find_rate(training: Training) -> RangeTest:
+    """The learning-rate range test (Smith, 2017): the rate rises by a factor each step until the loss explodes.
+
+    Suggested is a tenth of the rate at which the smoothed loss was least, but no more than where it falls steepest.
+
+    Args:
+        training: on a copy of the model; it is used up. Its highest rate must be 1, and its schedule constant.
+    """
+    low, high = RANGE
+    rates: list[float] = []
+    smoothed: list[float] = []
+    running, state = 0.0, training.state
+    state.epoch = 0
+    with kept_memory():
+        while len(rates) < RANGE_STEPS:
+            parallel = training.thaw()
+            for window in training.show():
+                rate = low * (high / low) ** (len(rates) / (RANGE_STEPS - 1))
+                before = state.totals[0], state.totals[2]
+                try:
+                    training.take_step(parallel, window, rate)
+                except TrainingError:  # diverged: the test has seen what it wanted to
+                    return _suggest(rates, smoothed)
+                loss = (state.totals[0] - before[0]) / (state.totals[2] - before[1])
+                running = SMOOTHING * running + (1 - SMOOTHING) * loss
+                rates.append(rate)
+                smoothed.append(running / (1 - SMOOTHING ** len(rates)))
+                if len(rates) == RANGE_STEPS or smoothed[-1] > 4 * min(smoothed):
+                    return _suggest(rates, smoothed)
+            state.epoch, state.step = state.epoch + 1, 0
+    return _suggest(rates, smoothed)
+
+
+def _suggest(rates: Sequence[float], smoothed: Sequence[float]) -> RangeTest:
+    if len(rates) < 3:
+        raise TrainingError("--find-lr", "the loss is not finite at the least rate", "Give --learning-rate yourself.")
+    lowest = min(range(len(smoothed)), key=smoothed.__getitem__)
+    return RangeTest(tuple(rates), tuple(smoothed), rates[lowest] / 10)

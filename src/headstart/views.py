@@ -1,0 +1,122 @@
+"""Every picture of a data set opened once: its facts, and its features by a network, but for what the cache has."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headstart import config as configs
+from headstart import embedders, features, loading
+from headstart.backbones import Backbone, Spec
+from headstart.config import RunConfig
+from headstart.data import Dataset, Sample
+from headstart.features import Survey, Track
+from headstart.images import Limits
+from headstart.processes import World
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """The facts of a data set's pictures, and their features where they were wanted."""
+
+    matrix: NDArray[np.float32]
+    survey: Survey
+    key: str
+    device: str
+    precision: str
+
+    def rows(self, samples: Sequence[Sample]) -> NDArray[np.float32]:
+        """The features of some pictures, (n, dim), in their order."""
+        place = {source: row for row, source in enumerate(self.survey.sources)}
+        wanted = [place[sample.source] for sample in samples]
+        return self.matrix if wanted == list(range(len(self.matrix))) else self.matrix[wanted]
+
+
+def look(
+    dataset: Dataset,
+    spec: Spec,
+    load: Callable[[], Backbone],
+    config: RunConfig,
+    track: Track,
+    spare_cache: Path | None = None,
+    limits: Limits | None = None,
+    world: World = World(),
+) -> View:
+    """Open every picture of a data set once and compute its features, but for what the cache has.
+
+    Several processes compute a share each; what they put into the cache, all of them then read.
+    """
+    chosen: dict[str, Any] = {}
+
+    def find_format() -> str:
+        chosen["device"] = find_device(config, world)
+        chosen["precision"] = embedders.resolve_precision(config.model.precision, chosen["device"])
+        return f"{chosen['precision']}-{chosen['device'].type}"
+
+    def make_embedder() -> loading.Compute:
+        embedder = embedders.prepare(load(), chosen["device"], chosen["precision"])
+        chosen["precision"] = str(embedder.dtype).removeprefix("torch.")  # float32 where the trial failed
+        return embedder
+
+    sources, allowed = dataset.sources, limits or limits_of(config)
+
+    def extract(some: Sequence[str], cache: Path, shown: Track) -> tuple[features.Features, Survey]:
+        paths = [dataset.path(source) for source in some]
+        return features.extract(paths, some, spec, find_format, make_embedder, cache, allowed, shown)
+
+    with _shared_cache(config, spare_cache, world) as cache:
+        if world.size > 1:
+            extract(world.share(sources), cache, track)
+            world.wait()
+        extracted, survey = extract(sources, cache, track if world.size == 1 else lambda items, _: items)
+        world.wait()
+    return View(extracted.matrix, survey, extracted.key, str(chosen["device"]), chosen["precision"])
+
+
+def survey(
+    dataset: Dataset,
+    config: RunConfig,
+    track: Track,
+    spare_cache: Path | None = None,
+    world: World = World(),
+) -> Survey:
+    """The facts of a data set's pictures, without a network."""
+    paths = [dataset.path(source) for source in dataset.sources]
+    with _shared_cache(config, spare_cache, world) as cache:
+        return features.survey(paths, dataset.sources, cache, limits_of(config), track)
+
+
+def without_features(found: Survey, config: RunConfig, world: World) -> View:
+    """What a network that has yet to be trained sees of pictures: their facts alone."""
+    device = find_device(config, world)
+    precision = embedders.resolve_precision(config.model.precision, device)
+    return View(np.empty((0, 0), np.float32), found, "", str(device), precision)
+
+
+def find_device(config: RunConfig, world: World) -> torch.device:
+    """The device of the settings; of several processes on GPUs, each has its own."""
+    import torch
+
+    device = embedders.resolve_device(config.model.device)
+    return torch.device("cuda", world.local) if device.type == "cuda" and world.size > 1 else device
+
+
+def limits_of(config: RunConfig) -> Limits:
+    """What pictures are too large to be opened."""
+    return Limits(int(config.data.limit_megapixels * 1e6), int(config.data.limit_mebibytes * 2**20))
+
+
+@contextlib.contextmanager
+def _shared_cache(config: RunConfig, spare: Path | None, world: World) -> Any:
+    """The cache's folder, the same for all processes."""
+    with features.open_cache(config.train.cache, configs.cache_folder() / "features", spare) as cache:
+        yield Path(world.tell(str(cache)))
