@@ -130,7 +130,11 @@ def test_limits_are_allowed_themselves(name, value):
         ("backbone", 5, "backbone must be text, not 5"),
         ("backbone", ["a\nb"], "backbone must be text, not ['a\\nb']"),
         ("strategy", "prob", "strategy must be one of auto, probe, finetune, lp-ft, two-stage, scratch, not 'prob'"),
-        ("strategy", ["probe"], "strategy must be one of auto, probe, finetune, lp-ft, two-stage, scratch, not ['probe']"),
+        (
+            "strategy",
+            ["probe"],
+            "strategy must be one of auto, probe, finetune, lp-ft, two-stage, scratch, not ['probe']",
+        ),
         ("task", "Single", "task must be one of auto, single, multi, not 'Single'"),
     ],
 )
@@ -208,7 +212,14 @@ def test_a_written_configuration_is_read_as_the_same(tmp_path):
     path.write_text(config.to_toml(before, {"data": "/pictures", "fingerprint": "f" * 64}), encoding="utf-8")
     assert resolve(path) == before
     assert config.read_facts(path) == {"data": "/pictures", "fingerprint": "f" * 64}
-    assert set(config.tomllib.loads(path.read_text(encoding="utf-8"))) == {"run", "data", "model", "train", "engine", "evaluate"}
+    assert set(config.tomllib.loads(path.read_text(encoding="utf-8"))) == {
+        "run",
+        "data",
+        "model",
+        "train",
+        "engine",
+        "evaluate",
+    }
 
 
 def test_facts_of_a_file_that_users_wrote_are_none(toml):

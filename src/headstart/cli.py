@@ -17,7 +17,7 @@ from typing import Annotated, Any, TextIO, TypeVar
 
 from cyclopts import App, CycloptsError, Parameter
 
-from headstart import __version__, display
+from headstart import __version__, display, processes
 from headstart import config as configs
 from headstart.errors import BackboneError, HeadstartError, RunError, UsageError
 
@@ -78,6 +78,8 @@ def train(
         raise UsageError("--out", "is empty", "Name a folder.")
     with _progress() as track:
         run = training.train(data, out, config=config, resume=resume, track=track, **_given(settings))
+    if not processes.find_world().first:
+        return
     if run is None:
         print(f"{display.shown(str(out))} holds this run, finished; nothing was changed.")
     else:
@@ -283,7 +285,7 @@ def _set_up() -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="headstart")
     logger = logging.getLogger("headstart")
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.INFO if processes.find_world().first else logging.ERROR)
     if not any(isinstance(handler, _Lines) for handler in logger.handlers):
         logger.addHandler(_Lines())
     # Pillow warns of oddities in pictures that it reads all the same.

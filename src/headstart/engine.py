@@ -262,15 +262,15 @@ class Training:
         """
         model, frozen_norms = self.model.eval().requires_grad_(False), self.settings.batch_norm == "frozen"
         trained = self.parts.trained(self.state.epoch, self.settings.unfreeze_epochs)
-        for modules, name, is_trained in zip(self.parts.modules, self.parts.names, trained, strict=True):
-            for module_name in modules if is_trained else ():
-                module = model.get_submodule(module_name)
-                for parameter in module.parameters(recurse=False):
+        for modules, is_trained in zip(self.parts.modules, trained, strict=True):
+            for name in modules if is_trained else ():
+                for parameter in model.get_submodule(name).parameters(recurse=False):
                     parameter.requires_grad_(True)
-                if frozen_norms and name != "head" and isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    continue
-                for above in _and_ancestors(module_name):  # they may ask `self.training` for their parts' sake
+                for above in _and_ancestors(name):  # they may ask `self.training` for their parts' sake
                     model.get_submodule(above).training = True
+        for module in model.backbone.modules() if frozen_norms else ():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.training = False
         if self.world.size == 1:
             return model
         if self.device.type == "cuda" and not frozen_norms:
