@@ -297,3 +297,78 @@ def test_a_role_and_the_probabilities_are_kept_in_order(make):
     assert found.sources == tuple(sample.source for sample in samples)
     assert (found.probabilities == classifier.probabilities(logits)).all()
     assert (found.decisions.argmax(1) == logits.argmax(1)).all() and (found.decisions.sum(1) == 1).all()
+
+
+# Figures to compare epochs by
+
+
+def scored(logits, samples, classes, task="single"):
+    from headstart.evaluation import score
+
+    return score(logits, samples, classes, task)
+
+
+def with_best_temperature(make, logits, samples, classes, task):
+    """The classifier of these logits whose temperature is the best for them."""
+    targets = encode(samples, classes)
+    temperature, _ = metrics.find_temperature(
+        logits, targets if task == "multi" else targets.argmax(1), task == "multi"
+    )
+    settings = {"task": "multi", "thresholds": (0.5,) * len(classes)} if task == "multi" else {}
+    return make(classes, temperature=temperature, **settings)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("number", [2, 5, 6])
+def test_epochs_of_one_label_a_picture_are_compared_by_the_figures_of_the_report(make, seed, number):
+    classes = SIX[:number]
+    logits, samples, _ = pictures(n=40, classes=classes, seed=seed)
+    found = scored(3 * logits, samples, classes)
+    classifier = with_best_temperature(make, 3 * logits, samples, classes, "single")
+    reported = assess(classifier, 3 * logits, samples, resamples=5).metrics
+    assert found == pytest.approx({name: estimate.value for name, estimate in reported.items()}, rel=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_epochs_of_several_labels_are_compared_by_the_figures_of_the_report_and_the_log_loss(make, seed):
+    logits, samples, targets = several(seed=seed)
+    found = scored(3 * logits, samples, "abcd", "multi")
+    classifier = with_best_temperature(make, 3 * logits, samples, "abcd", "multi")
+    reported = assess(classifier, 3 * logits, samples, resamples=5).metrics
+    probabilities = classifier.probabilities(3 * logits)
+    loss = np.mean([reference.log_loss(targets[:, c], probabilities[:, c], labels=[0, 1]) for c in range(4)])
+    expected = {"log_loss": loss} | {name: estimate.value for name, estimate in reported.items()}
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("task", ["single", "multi"])
+def test_how_large_logits_are_does_not_decide_between_epochs(task):
+    logits, samples, _ = pictures() if task == "single" else several()
+    classes = SIX if task == "single" else "abcd"
+    first, *others = [scored(np.float32(factor) * logits, samples, classes, task) for factor in (1, 0.01, 100)]
+    for other in others:
+        assert other == pytest.approx(first, rel=1e-3)
+
+
+@pytest.mark.parametrize("task", ["single", "multi"])
+def test_by_every_figure_an_epoch_that_tells_pictures_apart_is_better_than_one_that_does_not(task):
+    # The second and all others of one picture are confused; nothing is learned of the third epoch's.
+    logits, samples, targets = pictures() if task == "single" else several()
+    classes = SIX if task == "single" else "abcd"
+    truth = (np.eye(6)[targets] if task == "single" else targets).astype(np.float32)
+    good, bad = (scored(wanted, samples, classes, task) for wanted in (20 * truth - 10, logits[::-1].copy()))
+    assert good.keys() == bad.keys() and "log_loss" in good
+    assert not [name for name in good if not metrics.is_better(name, good[name], bad[name])]
+    assert not [name for name in good if metrics.is_better(name, bad[name], good[name])]
+
+
+def test_logits_of_nothing_can_be_scored(make):
+    # Before a run, to learn which figures there will be.
+    _, samples, _ = pictures()
+    found = scored(np.zeros((60, 6), np.float32), samples, SIX)
+    assert list(found) == ["log_loss", "accuracy", "balanced_accuracy", "macro_f1", "top_5_accuracy", "ece"]
+    assert found["log_loss"] == pytest.approx(math.log(6)) and found["accuracy"] == pytest.approx(1 / 6)
+    _, samples, _ = several()
+    found = scored(np.zeros((40, 4), np.float32), samples, "abcd", "multi")
+    assert list(found) == ["log_loss", "map", "micro_f1", "macro_f1", "subset_accuracy"]
+    assert found["log_loss"] == pytest.approx(math.log(2))

@@ -432,3 +432,86 @@ def test_class_means_of_one_picture_a_class_are_finite():
     assert fitted.candidates[0].log_loss < 10
     few = heads.fit_head(features[:4], np.array([0, 1, 0, 1]), [0, 0, 1, 1], 2, ("means",))
     assert few.candidates[0].log_loss < 2
+
+
+# Heads that are to be trained
+
+
+def made(kind, dim=6, classes=4, **settings):
+    torch.manual_seed(0)
+    return heads.make_head(kind, dim, classes, **settings)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp", "batch-norm"])
+@pytest.mark.parametrize(("dim", "classes", "hidden"), [(6, 4, 512), (1280, 2, 16), (1, 1000, 1)])
+def test_a_new_head_takes_features_to_as_many_logits_as_there_are_classes(kind, dim, classes, hidden):
+    head = made(kind, dim, classes, hidden=hidden)
+    assert head(torch.randn(5, dim)).shape == (5, classes)
+    matrices = [tuple(p.shape) for p in head.parameters() if p.ndim == 2]
+    assert matrices == ([(classes, dim)] if kind == "linear" else [(hidden, dim), (classes, hidden)])
+    assert all(parameter.requires_grad for parameter in head.parameters())
+
+
+def test_the_layers_of_new_heads_are_those_that_are_documented():
+    assert type(made("linear")) is nn.Linear
+    assert [type(layer) for layer in made("mlp")] == [nn.Linear, nn.ReLU, nn.Dropout, nn.Linear]
+    layers = [nn.BatchNorm1d, nn.Dropout, nn.Linear, nn.BatchNorm1d, nn.ELU, nn.Dropout, nn.Linear]
+    assert [type(layer) for layer in made("batch-norm")] == layers
+
+
+@pytest.mark.parametrize(("kind", "places"), [("mlp", [2]), ("batch-norm", [1, 5])])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_dropout_is_before_the_linear_layers_and_as_large_as_asked_for(kind, places, dropout):
+    head = made(kind, dropout=dropout)
+    assert [head[place].p for place in places] == [dropout] * len(places)
+    if not dropout:
+        features = torch.randn(5, 6)
+        assert torch.equal(head(features), head(features))  # nothing is left to chance while it trains
+
+
+@pytest.mark.parametrize("kind", ["mlp", "batch-norm"])
+def test_a_new_heads_logits_are_those_of_plain_torch(kind):
+    head, features = made(kind, hidden=9).double(), torch.randn(8, 6, dtype=torch.float64)
+    state = head.state_dict()
+    if kind == "mlp":
+        expected = (features @ state["0.weight"].T + state["0.bias"]).clamp_min(0) @ state["3.weight"].T
+        expected += state["3.bias"]
+    else:
+        expected = features / (1 + 1e-5) ** 0.5  # a new batch norm has seen nothing
+        expected = (expected @ state["2.weight"].T + state["2.bias"]) / (1 + 1e-5) ** 0.5
+        expected = torch.where(expected > 0, expected, expected.exp() - 1) @ state["6.weight"].T + state["6.bias"]
+    torch.testing.assert_close(head.eval()(features), expected)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp", "batch-norm"])
+def test_a_new_head_gives_logits_and_no_probabilities(kind):
+    # The mistake: log-softmax inside the network.
+    head = made(kind).eval()
+    with torch.no_grad():
+        logits = head(50 * torch.randn(64, 6))
+    assert logits.min() < 0 < logits.max()
+    assert logits.exp().sum(1).std() > 1e-3 and logits.sum(1).std() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp", "batch-norm"])
+def test_a_new_head_begins_with_torchs_random_weights_by_the_seed(kind):
+    first, again = made(kind), made(kind)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    another = heads.make_head(kind, 6, 4)  # the generator has gone on
+    assert not torch.equal([*first.parameters()][-1], [*another.parameters()][-1])
+    if kind == "linear":
+        torch.manual_seed(0)
+        assert torch.equal(first.weight, nn.Linear(6, 4).weight)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp", "batch-norm"])
+def test_a_new_head_learns_what_can_be_told_apart(kind):
+    features, targets, _ = blobs(apart=4.0)
+    x, y = torch.from_numpy(scaled(features).astype(np.float32)), torch.from_numpy(targets)
+    head = made(kind, 12, CLASSES, hidden=16)
+    optimizer = torch.optim.SGD(head.parameters(), 0.3)
+    for _ in range(100):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(head(x), y).backward()
+        optimizer.step()
+    assert (head.eval()(x).argmax(1) == y).float().mean() > 0.98

@@ -481,3 +481,38 @@ def test_a_threshold_between_two_neighbouring_numbers_still_parts_them(dtype):
         scores = np.array([[high]] * 10 + [[low]] * 10, dtype)
         (threshold,) = metrics.find_thresholds(scores, np.array([[True]] * 10 + [[False]] * 10))
         assert float(low) < threshold <= float(high)
+
+
+# Which of two epochs is better
+
+LOWER, HIGHER = ["log_loss", "ece"], ["accuracy", "balanced_accuracy", "macro_f1", "top_5_accuracy", "map", "micro_f1"]
+finite = st.floats(-1e6, 1e6)
+
+
+@given(st.sampled_from(LOWER + HIGHER), finite, finite)
+def test_less_loss_is_better_and_more_of_everything_else(name, value, best):
+    assert metrics.is_better(name, value, best) == (value < best if name in LOWER else value > best)
+
+
+@pytest.mark.parametrize("name", LOWER + HIGHER)
+def test_the_first_figure_is_better_than_none_and_an_equal_one_is_not_better(name):
+    assert metrics.is_better(name, 0.0, math.nan) and metrics.is_better(name, 1e9, math.nan)
+    assert not metrics.is_better(name, 0.5, 0.5)
+
+
+@pytest.mark.parametrize("name", LOWER + HIGHER)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("best", [math.nan, 0.5, math.inf])
+def test_what_is_no_finite_number_is_never_better(name, value, best):
+    assert not metrics.is_better(name, value, best)
+
+
+@given(st.sampled_from(LOWER + HIGHER), st.lists(st.one_of(finite, st.just(math.nan)), min_size=1, max_size=20))
+def test_going_through_a_course_the_first_of_the_best_epochs_is_kept(name, course):
+    best, kept = math.nan, None
+    for number, value in enumerate(course):
+        if metrics.is_better(name, value, best):
+            best, kept = value, number
+    known = [value for value in course if not math.isnan(value)]
+    expected = (min(known) if name in LOWER else max(known)) if known else None
+    assert kept == (course.index(expected) if known else None)

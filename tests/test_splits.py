@@ -358,3 +358,99 @@ def test_a_split_that_was_written_is_read_with_the_data_again(tmp_path):
         for sample in after.samples
     }
     assert roles == {sample.source: sample.role for sample in before.samples}
+
+
+# Pictures to choose by
+
+
+def with_select(samples, share=0.15, seed=0, groups=None, task="single"):
+    """Source -> role."""
+    found = splits.assign_select(data_set(samples, task), groups or {}, share, seed).samples
+    assert [(s.source, s.labels, s.group) for s in found] == [(s.source, s.labels, s.group) for s in samples]
+    return {sample.source: sample.role for sample in found}
+
+
+def in_roles(samples, role_of):
+    return [Sample(s.source, s.labels, s.group, role_of(number)) for number, s in enumerate(samples)]
+
+
+def all_fit(samples):
+    return in_roles(samples, lambda _: "fit")
+
+
+@bounded
+@given(counts, shares, seeds)
+def test_what_is_chosen_by_is_a_share_of_each_class_of_fit_and_report_stays(counts, share, seed):
+    samples = in_roles(single(counts), lambda number: "report" if number % 5 == 4 else "fit")
+    roles = with_select(samples, share, seed)
+    assert all((roles[s.source] == "report") == (s.role == "report") for s in samples)
+    fitted = Counter(s.labels[0] for s in samples if s.role == "fit")
+    dealt = count(samples, roles)
+    for label, n in fitted.items():
+        assert dealt[label, "fit"] + dealt[label, "select"] == n
+        if n > 1:
+            assert abs(dealt[label, "select"] - share * n) < 1
+            assert dealt[label, "fit"] >= 1 and dealt[label, "select"] >= 1
+        else:
+            assert dealt[label, "fit"] == 1  # a class of one stays
+
+
+@bounded
+@given(group_sizes, shares, seeds)
+def test_groups_never_part_between_fit_and_what_is_chosen_by(sizes, share, seed):
+    samples, groups = grouped(sizes)
+    roles = with_select(all_fit(samples), share, seed, groups)
+    assert len({(groups[source], role) for source, role in roles.items()}) == len(set(groups.values()))
+    dealt = count(samples, roles)
+    for kind, members in enumerate(sizes):
+        assert dealt[f"c{kind}", "fit"] >= 1
+        assert (dealt[f"c{kind}", "select"] >= 1) == (len(members) > 1)  # a class of one group stays
+
+
+def test_a_given_select_stays_as_it_is():
+    samples = in_roles(single([20, 10]), lambda number: "select" if number == 3 else "fit")
+    dataset = data_set(samples)
+    assert splits.assign_select(dataset, {}, 0.5, 0) is dataset
+
+
+@bounded
+@given(counts, seeds, st.randoms(use_true_random=False))
+def test_the_same_seed_chooses_the_same_in_any_order(counts, seed, shuffler):
+    samples = all_fit(single(counts))
+    shuffled = shuffler.sample(samples, len(samples))
+    assert with_select(samples, seed=seed) == with_select(shuffled, seed=seed) == with_select(samples, seed=seed)
+
+
+def test_another_seed_chooses_others():
+    samples = all_fit(single([40, 40]))
+    assert len({tuple(with_select(samples, seed=seed).items()) for seed in range(5)}) == 5
+
+
+@bounded
+@given(label_sets, seeds)
+def test_of_several_labels_a_lone_one_stays_in_fit(label_sets, seed):
+    samples = all_fit(several(label_sets))
+    roles = with_select(samples, 0.2, seed, task="multi")
+    assert set(roles.values()) <= {"fit", "select"}
+    total, dealt = count(samples, dict.fromkeys(roles, "any")), count(samples, roles)
+    assert all(dealt[label, "fit"] == 1 for label in "abcd" if total[label, "any"] == 1)
+
+
+def test_many_pictures_of_several_labels_are_chosen_near_their_shares():
+    generator, rates = random.Random(1), {"a": 0.5, "b": 0.3, "c": 0.1, "d": 0.03}
+    sets = [{label for label, rate in rates.items() if generator.random() < rate} for _ in range(600)]
+    samples = all_fit(several(sets))
+    dealt = count(samples, with_select(samples, 0.15, task="multi"))
+    for label in rates:
+        n = dealt[label, "fit"] + dealt[label, "select"]
+        assert abs(dealt[label, "select"] - 0.15 * n) <= 2, label
+
+
+@bounded
+@given(counts, seeds)
+def test_after_both_cuts_every_class_of_three_is_in_all_roles(counts, seed):
+    samples = single([n + 2 for n in counts])
+    dataset = splits.assign_roles(data_set(samples), {}, 0.2, seed)
+    dealt = count(samples, with_select(list(dataset.samples), 0.15, seed))
+    for kind in range(len(counts)):
+        assert all(dealt[f"c{kind}", role] >= 1 for role in ("fit", "select", "report"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shutil
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 NAME, PREVIOUS = "checkpoint.safetensors", "checkpoint-previous.safetensors"
+DAMAGED = "checkpoint-damaged.safetensors"
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +58,10 @@ def write(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def read(folder: Path) -> Checkpoint | None:
-    """The last checkpoint of a folder that is whole; None where there is none. Damaged ones are named in the log."""
+    """The last checkpoint of a folder that is whole; None where there is none.
+
+    A damaged one is named in the log, and set aside as `checkpoint-damaged.safetensors`.
+    """
     for name in (NAME, PREVIOUS):
         file = folder / name
         if not file.exists():
@@ -65,12 +70,14 @@ def read(folder: Path) -> Checkpoint | None:
         if checkpoint is not None:
             return checkpoint
         log.warning("checkpoint: %s: is damaged (its checksum does not match): the one before is used", file)
+        with contextlib.suppress(FileNotFoundError):  # another process may have set it aside
+            file.replace(folder / DAMAGED)
     return None
 
 
 def remove(folder: Path) -> None:
     """Take a folder's checkpoints away."""
-    for name in (NAME, PREVIOUS, f"{NAME}.new"):
+    for name in (NAME, PREVIOUS, DAMAGED, f"{NAME}.new"):
         (folder / name).unlink(missing_ok=True)
 
 

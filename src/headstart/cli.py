@@ -295,7 +295,10 @@ def _set_up() -> None:
 
 
 def _report(error: BaseException, words: Sequence[str]) -> int:
-    """One line on stderr for an error; the exit status."""
+    """One line on stderr for an error; the exit status. Of several processes, the first to fail speaks."""
+    world = processes.find_world()
+    if world.size > 1 and not processes.speaks_first(world.rank):
+        return getattr(error, "exit_status", 1)
     if isinstance(error, HeadstartError):
         _say(f"error: {display.shown(str(error))}")
         return error.exit_status

@@ -138,7 +138,7 @@ class Training:
         self.loss = losses.make_loss(settings.loss, material.task == "multi", weights, settings.focal_gamma)
         self.steps = len(draw_windows(material, settings, seed, 0))
         self.signals = Signals()
-        self._saved = time.monotonic()
+        self._saved, self._booked = time.monotonic(), time.perf_counter()
         self._resume()
 
     def run(self) -> Generator[Step | Epoch, None, None]:
@@ -154,6 +154,7 @@ class Training:
             if state.epoch < 0:
                 yield self._finish_epoch()
             while state.epoch < settings.epochs and not self._is_stale():
+                self._booked = time.perf_counter()
                 parallel = self.thaw()
                 still = _copy(self._still_tensors())
                 with contextlib.closing(self.show()) as windows:
@@ -169,7 +170,7 @@ class Training:
 
     def take_step(self, parallel: nn.Module, window: Window, rate: float | None = None) -> Step:
         """The step along the gradients of a window's pictures, summed over forward passes and processes."""
-        start, state, settings = time.perf_counter(), self.state, self.settings
+        state, settings = self.state, self.settings
         place = state.epoch * self.steps + state.step
         optimisation.set_rates(self.optimizer, place, self.steps, settings, rate)
         self.optimizer.zero_grad(set_to_none=True)
@@ -189,7 +190,7 @@ class Training:
         self.scaler.update()
         self._follow(place)
         state.step, state.totals = state.step + 1, [a + b for a, b in zip(state.totals, sums, strict=True)]
-        state.seconds += time.perf_counter() - start
+        self._book_time()
         self.signals.came = self.signals.came or (signal.SIGTERM if stop else None)  # all processes stop together
         loss, hits, pictures = state.totals
         return Step(
@@ -315,19 +316,26 @@ class Training:
         """Measure, keep the best, save."""
         state, trainable = self.state, self.trainable
         judged = self.average or self.model
-        start = time.perf_counter()
         self.model.eval()
         figures = self.validate(judged.eval(), self._check)
+        if not math.isfinite(figures["log_loss"]):
+            raise self._diverged(figures["log_loss"])
         value = figures[self.settings.best_by]
         best = is_better(self.settings.best_by, value, state.best)
         if best:
             state.best, state.best_epoch, self.best = value, state.epoch + 1, _copy(judged.state_dict())
         loss, hits, pictures = state.totals
         loss, accuracy = (loss / pictures, hits / pictures) if pictures else (math.nan, math.nan)
-        seconds = state.seconds + time.perf_counter() - start
+        self._book_time()
+        seconds = state.seconds
         state.epoch, state.step, state.totals, state.seconds = state.epoch + 1, 0, [0.0, 0.0, 0.0], 0.0
         self._check(save=True)
         return Epoch(self.phase, state.epoch, loss, accuracy, figures, best, trainable, seconds)
+
+    def _book_time(self) -> None:
+        """Add to the epoch's seconds all that passed since the last time, waiting for pictures included."""
+        now = time.perf_counter()
+        self.state.seconds, self._booked = self.state.seconds + now - self._booked, now
 
     def _is_stale(self) -> bool:
         return 0 < self.settings.patience <= self.state.epoch - self.state.best_epoch

@@ -76,9 +76,13 @@ def encode(samples: Sequence[Sample], classes: Sequence[str]) -> NDArray[np.bool
 def score(
     logits: NDArray[np.float32], samples: Sequence[Sample], classes: Sequence[str], task: Task
 ) -> dict[str, float]:
-    """The metrics of logits (n, classes) after the best temperature, without intervals: to compare epochs by."""
-    targets = encode(samples, classes)
-    multi = task == "multi"
+    """The metrics of logits (n, classes) after the best temperature, without intervals: to compare epochs by.
+
+    All are NaN where a logit is not finite.
+    """
+    targets, multi = encode(samples, classes), task == "multi"
+    if not np.isfinite(logits).all():
+        return dict.fromkeys(score(np.zeros_like(logits), samples, classes, task), math.nan)
     temperature, loss = metrics.find_temperature(logits, targets if multi else targets.argmax(1), multi)
     probabilities = to_probabilities(logits, temperature, task)
     chosen, once = _multi if multi else _single, np.ones((1, len(samples)), np.uint16)

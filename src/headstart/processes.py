@@ -98,13 +98,13 @@ def leave() -> None:
 
 
 def speaks_first(rank: int) -> bool:
-    """Whether this process is the first that has something to say of a failure: all may fail for the same reason."""
+    """Whether this process is the first to fail: the others then fail for the same reason, or for its absence."""
     from torch import distributed
 
     if not (distributed.is_available() and distributed.is_initialized()):
         return rank == 0
     store = distributed.distributed_c10d._get_default_store()
-    return bool(store.add("failed", 1) == 1)
+    return bool(store.add("headstart/failed", 1) == 1)
 
 
 class Signals:
@@ -120,7 +120,8 @@ class Signals:
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
+                if signal.getsignal(number) != signal.SIG_IGN:  # nohup, and jobs in the background
+                    self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
