@@ -691,3 +691,131 @@ def test_the_tiny_network_of_the_other_tests_loads(tiny_weights):
     embed = prepare(backbone, CPU, "float32")
     assert (embed.preprocess.size, embed.preprocess.crop, embed.preprocess.std) == (64, 1.0, (0.5,) * 3)
     assert embed(pictures(64)).ndim == 2
+
+
+# Random weights to begin with
+
+from dataclasses import replace  # noqa: E402
+
+
+def same_weights(first: Backbone, second: Backbone) -> bool:
+    one, other = first.state_dict(), second.state_dict()
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+UNTRAINED = ["timm/test_resnet", "test_vit", "torchvision/squeezenet1_1", "efficientnet_lite0"]
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("name", UNTRAINED)
+def test_an_untrained_network_needs_no_weights_and_gives_features(name, monkeypatch):
+    def refuse(*given, **named):
+        raise AssertionError("read weights")
+
+    monkeypatch.setattr(weights, "read", refuse)
+    monkeypatch.setattr(weights, "find", refuse)
+    backbone = backbones.untrained(name, 3)
+    size = backbone.spec.preprocess.size
+    assert backbone.spec.weights == "random, seed 3" and backbone.spec.digest == ""
+    assert not backbone.network.training and not any(p.requires_grad for p in backbone.network.parameters())
+    with torch.inference_mode():
+        features = backbone.network(torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)))
+    assert features.shape[0] == 2 and features.ndim == 2
+    assert features.isfinite().all() and not torch.equal(features[0], features[1])
+
+
+@pytest.mark.parametrize("name", ["timm/test_resnet", "torchvision/squeezenet1_1", "efficientnet_lite0"])
+def test_the_seed_decides_the_random_weights_and_nothing_else_does(name):
+    torch.manual_seed(0)
+    first = backbones.untrained(name, 1)
+    torch.manual_seed(99)
+    torch.randn(7)
+    assert same_weights(first, backbones.untrained(name, 1))
+    assert not same_weights(first, backbones.untrained(name, 2))
+
+
+def test_making_random_weights_leaves_the_generator_as_it_was():
+    torch.manual_seed(5)
+    expected = torch.randn(3)
+    torch.manual_seed(5)
+    backbones.untrained("test_resnet", 1)
+    assert torch.equal(torch.randn(3), expected)
+
+
+@pytest.mark.parametrize("library", ["timm", "torchvision"])
+def test_random_weights_are_those_that_the_library_begins_with(library):
+    name = {"timm": "test_resnet", "torchvision": "resnet18"}[library]
+    found = backbones.untrained(f"{library}/{name}", 11).state_dict()
+    torch.manual_seed(11)
+    if library == "timm":
+        expected = timm.create_model(name, num_classes=0).state_dict()
+    else:
+        expected = models.get_model(name, weights=None).state_dict()
+        assert {key for key in expected if key not in found} == {"fc.weight", "fc.bias"}
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.xfail(strict=True, reason="torchvision's own initialisation is switched off, as for weights that are read")
+def test_random_weights_of_googlenet_are_those_that_the_library_begins_with():
+    found = backbones.untrained("torchvision/googlenet", 0).network.conv1.conv.weight
+    expected = models.googlenet(weights=None, aux_logits=False, init_weights=True).conv1.conv.weight
+    assert found.std() == pytest.approx(expected.std(), rel=0.1)
+
+
+def test_an_untrained_network_has_the_architecture_and_the_views_of_the_trained_one():
+    located = locate("efficientnet_lite0")
+    backbone = backbones.untrained("auto", 0)
+    assert backbone.spec == replace(located.spec, weights="random, seed 0", digest="")
+    shapes = {name: tensor.shape for name, tensor in load(located).network.state_dict().items()}
+    assert {name: tensor.shape for name, tensor in backbone.state_dict().items()} == shapes
+    assert not same_weights(backbone, load(located))
+
+
+def test_of_a_weights_file_only_the_description_is_used(tiny_weights):
+    backbone = backbones.untrained("auto", 0, str(tiny_weights))
+    spec = locate("auto", str(tiny_weights)).spec
+    assert backbone.spec == replace(spec, weights="random, seed 0", digest="")
+    assert (backbone.spec.architecture, backbone.spec.preprocess.size) == ("test_efficientnet", 64)
+    assert not same_weights(backbone, load(locate("auto", str(tiny_weights))))
+    assert same_weights(backbone, backbones.untrained("timm/test_efficientnet", 0))
+
+
+def test_an_untrained_network_runs_in_its_fastest_form_as_any_other_does():
+    made = backbones.untrained("timm/test_efficientnet", 0)
+    backbone = Backbone.of(made.spec.at(64), made.network)
+    pixels = pictures(64)
+    with torch.inference_mode():
+        plain = backbone.network(backbone.spec.preprocess.normalise(torch.from_numpy(pixels))).numpy()
+    np.testing.assert_allclose(prepare(backbone, CPU, "float32")(pixels), plain, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["timm/no_such_net", "torchvision/resnet18.no_such", "keras/resnet18", "resnet_18x"])
+def test_an_untrained_network_that_is_unknown_is_refused_in_one_line(name):
+    with pytest.raises(BackboneError) as caught:
+        backbones.untrained(name, 0)
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.xfail(strict=True, raises=WeightsError, reason="the package of weights that are not used is asked for")
+def test_an_untrained_packaged_network_needs_no_package(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert backbones.untrained("efficientnet_lite1", 0).spec.preprocess.size == 240
+
+
+@pytest.mark.parametrize("size", [32, 64, 320])
+def test_a_network_at_another_size_is_the_same_but_for_what_it_sees(size):
+    spec = locate("auto").spec
+    found = spec.at(size)
+    assert found.preprocess.size == size
+    assert found == replace(spec, preprocess=replace(spec.preprocess, size=size))
+    assert spec.preprocess.size == 224  # the one asked is left as it was
+    assert Spec.from_json(json.loads(json.dumps(found.to_json()))) == found
+    assert found.at(224) == spec
+
+
+def test_a_network_at_the_size_nought_is_at_its_own():
+    spec = locate("auto").spec
+    assert spec.at(0) is spec
+    assert spec.at(96).at(0).preprocess.size == 96

@@ -352,9 +352,9 @@ def test_how_large_logits_are_does_not_decide_between_epochs(task):
 
 @pytest.mark.parametrize("task", ["single", "multi"])
 def test_by_every_figure_an_epoch_that_tells_pictures_apart_is_better_than_one_that_does_not(task):
-    # The second and all others of one picture are confused; nothing is learned of the third epoch's.
     logits, samples, targets = pictures() if task == "single" else several()
     classes = SIX if task == "single" else "abcd"
+    # The one knows every label; the other has the answers of other pictures.
     truth = (np.eye(6)[targets] if task == "single" else targets).astype(np.float32)
     good, bad = (scored(wanted, samples, classes, task) for wanted in (20 * truth - 10, logits[::-1].copy()))
     assert good.keys() == bad.keys() and "log_loss" in good
@@ -372,3 +372,14 @@ def test_logits_of_nothing_can_be_scored(make):
     found = scored(np.zeros((40, 4), np.float32), samples, "abcd", "multi")
     assert list(found) == ["log_loss", "map", "micro_f1", "macro_f1", "subset_accuracy"]
     assert found["log_loss"] == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize("task", ["single", "multi"])
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
+def test_figures_of_a_network_that_has_diverged_are_all_there_and_none_is_a_number(task, odd):
+    logits, samples, _ = pictures() if task == "single" else several()
+    classes = SIX if task == "single" else "abcd"
+    names = list(scored(logits, samples, classes, task))
+    logits[7, 1] = odd
+    found = scored(logits, samples, classes, task)
+    assert list(found) == names and all(math.isnan(value) for value in found.values())

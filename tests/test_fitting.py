@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 
 import numpy as np
 import pytest
@@ -33,7 +32,7 @@ def decide(**changes):
         "epochs": 2,
         "batch_size": 8,
         "optimizer": "adamw",
-        "learning_rate": 0.01,
+        "learning_rate": 1e-3,
         "layer_decay": 1.0,
         "schedule": "constant",
         "loss": "cross-entropy",
@@ -45,13 +44,15 @@ def decide(**changes):
 
 @pytest.fixture(scope="module")
 def backbone(tiny_weights):
-    """The tiny network, with statistics that are not those of a new one."""
+    """The tiny network, with statistics of pictures."""
     network = backbones.load(backbones.locate("auto", str(tiny_weights))).network
-    torch.manual_seed(0)
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.running_mean, -0.3, 0.0)
-            nn.init.uniform_(module.running_var, 0.05, 0.2)
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.train().momentum = None
+    with torch.no_grad():
+        network(torch.rand(16, 3, 64, 64, generator=torch.Generator().manual_seed(0)) - 0.5)
+    for norm in norms:
+        norm.eval().momentum = 0.1
     spec = backbones.locate("auto", str(tiny_weights)).spec
     return Backbone.of(spec, network)
 
@@ -137,6 +138,12 @@ def epochs_of(training):
     return [record for record in training.run() if isinstance(record, Epoch)]
 
 
+def train_and_keep_the_last(training):
+    """Train, whatever the select pictures say."""
+    training.validate = lambda *_: {"log_loss": -float(training.state.epoch)}
+    return epochs_of(training)
+
+
 # Where training starts
 
 
@@ -165,9 +172,10 @@ def test_beginning_and_training_leave_the_fitted_head_and_the_backbone_as_they_w
     before, body = state_of(head.module), state_of(bench.backbone.network)
     phase = Train(decide(epochs=1), PLAIN)
     adapted = bench.begin(phase, head)
-    epochs_of(bench.start(phase, 0, adapted, None))
+    train_and_keep_the_last(bench.start(phase, 0, adapted, None))
     assert_same_bits(state_of(head.module), before)
     assert_same_bits(state_of(bench.backbone.network), body)
+    assert not torch.equal(adapted.head.weight * head.temperature, before["weight"])
     assert not torch.equal(adapted.backbone.conv_stem.weight, body["conv_stem.weight"])
 
 
@@ -200,7 +208,8 @@ def test_a_phase_on_features_trains_the_head_alone(bench):
     phase = Train(decide(epochs=3), PLAIN, on="features")
     adapted, body = bench.begin(phase, head), state_of(bench.backbone.network)
     training = bench.start(phase, 0, adapted, None)
-    epochs = epochs_of(training)
+    epochs = train_and_keep_the_last(training)
+    assert not torch.equal(adapted.head.weight * head.temperature, head.module.weight)
     assert [key for key in state_of(adapted) if not key.startswith("head.")] == []
     assert_same_bits(state_of(bench.backbone.network), body)
     assert {epoch.trainable for epoch in epochs} == {sum(p.numel() for p in head.module.parameters())}
@@ -215,7 +224,7 @@ def test_a_phase_on_features_is_the_one_on_pictures_with_the_network_frozen(make
         phase = Train(decide(freeze="all", batch_norm="train"), PLAIN, on=on)
         adapted = bench.begin(phase, None)
         start = state_of(adapted.head)
-        epochs_of(bench.start(phase, 0, adapted, None))
+        train_and_keep_the_last(bench.start(phase, 0, adapted, None))
         weights[on] = state_of(adapted.head)
         assert not torch.equal(start["weight"], weights[on]["weight"])
     for name, tensor in weights["features"].items():
@@ -277,11 +286,11 @@ def test_pictures_are_varied_by_seed_epoch_and_picture_as_the_settings_say(bench
 
 def test_several_labels_are_trained_and_measured(make_bench, tagged):
     bench = make_bench(dataset=tagged)
-    phase = Train(decide(loss="bce-with-logits", best_by="map", learning_rate=0.03), PLAIN, on="features")
+    phase = Train(decide(loss="bce-with-logits", best_by="map", epochs=3), PLAIN, on="features")
     adapted = bench.begin(phase, None)
     epochs = epochs_of(bench.start(phase, 0, adapted, None))
     assert list(epochs[0].select) == ["log_loss", "map", "micro_f1", "macro_f1", "subset_accuracy"]
-    assert epochs[-1].loss < math.log(2)
+    assert epochs[-1].loss < epochs[1].loss
     classifier = fitting.finish(bench, adapted, {})
     assert classifier.task == "multi" and len(classifier.thresholds) == 4
 
@@ -300,9 +309,7 @@ def test_features_are_those_of_the_plain_network_in_order(bench):
 def test_features_of_a_network_that_was_trained_are_its_own(bench):
     phase = Train(decide(epochs=1, batch_norm="train"), Layout("float32", True))
     adapted = bench.begin(phase, None)
-    training = bench.start(phase, 0, adapted, None)
-    training.validate = lambda *_: {"log_loss": -float(training.state.epoch)}  # what was trained is kept
-    list(training.run())
+    train_and_keep_the_last(bench.start(phase, 0, adapted, None))
     samples = bench.dataset.of_role("select")
     album = bench.album(samples)
     found = fitting.embed(Backbone.of(bench.backbone.spec, adapted.backbone), album, DEVICE, "float32")
@@ -423,8 +430,8 @@ def run_phases(folder, bench, *phases, head=None):
 
 
 def test_a_second_phase_goes_on_where_the_first_has_ended(bench, tmp_path):
-    first = Train(decide(epochs=2, freeze="all", learning_rate=0.02), PLAIN)
-    second = Train(decide(epochs=1, freeze="blocks"), PLAIN)
+    first = Train(decide(epochs=2, freeze="all"), PLAIN)
+    second = Train(decide(epochs=1, freeze="blocks", learning_rate=1e-4), PLAIN)
     trained, announced = run_phases(tmp_path / "both", bench, first, second)
     steps = -(-len(bench.dataset.of_role("fit")) // 8)
     assert announced == [1 + 2 * (steps + 1), 1 + steps + 1]
@@ -432,6 +439,7 @@ def test_a_second_phase_goes_on_where_the_first_has_ended(bench, tmp_path):
     epochs_of(bench.start(first, 0, alone, None))
     epochs_of(bench.start(second, 1, alone, None))
     assert_same_bits(state_of(trained.adapted), state_of(alone))
+    assert min(facts["best_epoch"] for facts in trained.facts) > 0
     parameters = sum(p.numel() for p in alone.parameters())
     head = sum(p.numel() for p in alone.head.parameters())
     last = sum(p.numel() for p in (*alone.head.parameters(), *alone.backbone.conv_head.parameters()))
@@ -449,35 +457,62 @@ def test_a_second_phase_goes_on_where_the_first_has_ended(bench, tmp_path):
     ]
 
 
-class Stop(Exception):  # noqa: N818
+class Stop(Exception):
     """What kills a run here."""
 
 
-@pytest.mark.parametrize("after", [1, 3, 8, 9, 11])
-def test_a_plan_of_two_phases_that_was_killed_ends_the_same(bench, tmp_path, after):
-    phases = Train(decide(epochs=2, freeze="all"), PLAIN), Train(decide(epochs=1, freeze="blocks"), PLAIN)
-    phases = [dataclasses.replace(p, settings=dataclasses.replace(p.settings, checkpoint_minutes=0.0)) for p in phases]
-    left = [after]
+def kill(folder, bench, phases, after, written=True):
+    """Train, and stop after so many records; the last of them may not be written any more."""
 
     def track(records, total):
         for record in records:
-            if not left[0]:
+            done.append(record)
+            if written:
+                yield record
+            if len(done) == after:
                 raise Stop
-            left[0] -= 1
-            yield record
+            if not written:
+                yield record
 
-    (tmp_path / "killed").mkdir()
+    done = []
+    folder.mkdir()
     with pytest.raises(Stop):
-        fitting.train_phases(RunFolder(tmp_path / "killed"), make_plan(*phases), bench, None, track)
-    killed, _ = run_phases(tmp_path / "killed", bench, *phases)
-    whole, _ = run_phases(tmp_path / "whole", bench, *phases)
-    assert_same_bits(state_of(killed.adapted), state_of(whole.adapted))
+        fitting.train_phases(RunFolder(folder), make_plan(*phases), bench, None, track)
 
-    def rows(folder):
-        text = (folder / "history.jsonl").read_text().splitlines()
-        return [{k: v for k, v in json.loads(line).items() if k not in ("seconds", "speed")} for line in text]
 
-    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
+def history_of(folder):
+    rows = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    return [{name: row[name] for name in row if name not in ("seconds", "speed")} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def two_phases(tmp_path_factory, backbone, dataset):
+    """(two phases, the folder of a run that was not killed, and what it trained)."""
+    always = {"checkpoint_minutes": 0.0}
+    phases = (
+        Train(decide(epochs=2, freeze="all", **always), PLAIN),
+        Train(decide(epochs=1, freeze="7", **always), PLAIN),
+    )
+    bench = Bench(dataset, backbone, DEVICE, "float32", Limits(), 2**28, 0, World(), lambda samples: None)
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    return phases, folder, run_phases(folder, bench, *phases)[0]
+
+
+# Of 9 records of the first phase, and 5 of the second: the start, within an epoch, an epoch's end, between the phases.
+@pytest.mark.parametrize("after", [1, 3, 5, 9, 10, 12])
+def test_a_plan_of_two_phases_that_was_killed_ends_the_same(two_phases, bench, tmp_path, after):
+    phases, whole, expected = two_phases
+    kill(tmp_path / "killed", bench, phases, after)
+    trained, _ = run_phases(tmp_path / "killed", bench, *phases)
+    assert_same_bits(state_of(trained.adapted), state_of(expected.adapted))
+    assert history_of(tmp_path / "killed") == history_of(whole)
+
+
+def test_no_row_is_lost_where_a_run_is_killed_before_it_is_written(two_phases, bench, tmp_path):
+    phases, whole, _ = two_phases
+    kill(tmp_path / "killed", bench, phases, 5, written=False)  # the first epoch's end
+    run_phases(tmp_path / "killed", bench, *phases)
+    assert history_of(tmp_path / "killed") == history_of(whole)
 
 
 @pytest.fixture
@@ -516,9 +551,9 @@ def test_a_run_that_goes_on_takes_the_rate_that_it_had(bench, tmp_path, quick_te
 
 
 def test_the_classifier_gives_what_was_trained(bench):
-    phase = Train(decide(epochs=3, learning_rate=3e-3), PLAIN)
+    phase = Train(decide(epochs=2), PLAIN)
     adapted = bench.begin(phase, fit(bench))
-    epochs_of(bench.start(phase, 0, adapted, None))
+    train_and_keep_the_last(bench.start(phase, 0, adapted, None))
     samples = bench.dataset.of_role("report")
     paths = [bench.dataset.path(sample.source) for sample in samples]
     rows = embed_plainly(adapted.backbone, bench.backbone.spec.preprocess, paths)

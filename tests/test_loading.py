@@ -385,7 +385,6 @@ def test_threads_that_share_an_album_see_the_same_as_one_alone(tmp_path):
         assert list(found) == expected
 
 
-@pytest.mark.xfail(strict=True, reason="each thread that opens a picture at the same time takes its room")
 def test_a_picture_that_two_threads_open_at_once_takes_its_room_once(tmp_path, monkeypatch):
     plain, both, calls = loading.open_image, threading.Event(), []
 
@@ -545,7 +544,6 @@ def test_boxes_of_nothing_and_of_everything(box):
     assert share == (0 if box[2] == 1 else 1)
 
 
-@pytest.mark.xfail(strict=True, reason="levels are cut to whole ones: mixed pictures are half a level too dark")
 def test_mixed_levels_are_rounded():
     # As they are after `Album.vary`.
     first, second = draw_pixels(0).astype(np.uint8), draw_pixels(1).astype(np.uint8)

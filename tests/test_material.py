@@ -175,6 +175,29 @@ def test_a_process_without_a_picture_of_a_short_batch_shows_one_that_does_not_co
     assert [share.count for share in shares] == [5, 5]
 
 
+NORMS = [dataclasses.replace(PLAIN, batch_norm="train"), dataclasses.replace(PLAIN, head="batch-norm")]
+
+
+@pytest.mark.parametrize("configured", NORMS)
+@pytest.mark.parametrize("count, processes", [(1, 1), (5, 1), (5, 2), (6, 2), (9, 4), (3, 4)])
+def test_where_batch_norms_are_trained_no_pass_sees_a_lone_picture_and_what_is_added_does_not_count(
+    configured, count, processes
+):
+    material, draws = own_class(count), [Draw(sample) for sample in range(count)]
+    shares = [make_window(material, configured, 0, 0, 0, draws, World(rank, processes)) for rank in range(processes)]
+    batches = [batch for share in shares for batch in share.batches]
+    assert all(len(batch.pixels) == len(batch.targets) == len(batch.weights) >= 2 for batch in batches)
+    assert sorted(rows_of(batches, "truth").argmax(1).tolist()) == list(range(count))
+    assert {share.count for share in shares} == {count}
+
+
+@pytest.mark.parametrize("configured", NORMS)
+def test_the_company_of_a_lone_picture_is_another_one(configured):
+    material, draws = own_class(5), [Draw(sample) for sample in range(5)]
+    last = make_window(material, configured, 0, 0, 0, draws).batches[-1]
+    assert len(set(last.truth.argmax(1).tolist())) == 2
+
+
 def test_losses_weighted_and_divided_by_the_count_are_the_mean_over_pictures():
     # The mistake: means of batch means, in which the pictures of a short batch weigh more.
     material = own_class(11)

@@ -489,6 +489,7 @@ LOWER, HIGHER = ["log_loss", "ece"], ["accuracy", "balanced_accuracy", "macro_f1
 finite = st.floats(-1e6, 1e6)
 
 
+@bounded
 @given(st.sampled_from(LOWER + HIGHER), finite, finite)
 def test_less_loss_is_better_and_more_of_everything_else(name, value, best):
     assert metrics.is_better(name, value, best) == (value < best if name in LOWER else value > best)
@@ -507,6 +508,7 @@ def test_what_is_no_finite_number_is_never_better(name, value, best):
     assert not metrics.is_better(name, value, best)
 
 
+@bounded
 @given(st.sampled_from(LOWER + HIGHER), st.lists(st.one_of(finite, st.just(math.nan)), min_size=1, max_size=20))
 def test_going_through_a_course_the_first_of_the_best_epochs_is_kept(name, course):
     best, kept = math.nan, None

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageOps
 
+from headstart.config import AUTOMATIC_AUGMENT
 from headstart.errors import UsageError
 from headstart.images import INTERPOLATIONS, Preprocess
 
@@ -28,13 +29,6 @@ Step = Callable[[Image.Image, Random, Preprocess], Image.Image]
 _Change = Callable[[Image.Image, float, Preprocess], Image.Image]
 
 LEANING = 45.0  # degrees; a picture turned further stands no longer upright
-# What `auto` stands for, by the declared symmetry. Crops down to a quarter of the area rather than torchvision's 8 %:
-# with few pictures, a crop of a twelfth often shows nothing of the class.
-AUTOMATIC = {
-    "none": "RandomResizedCrop(scale=(0.25, 1.0))",
-    "mirror": "RandomResizedCrop(scale=(0.25, 1.0)), RandomHorizontalFlip",
-    "any": "RandomResizedCrop(scale=(0.25, 1.0)), RandomHorizontalFlip, RandomVerticalFlip, RandomQuarterTurn",
-}
 
 
 @dataclass(frozen=True)
@@ -70,7 +64,7 @@ def parse(text: str, symmetry: Symmetry, size: int) -> Augmentation:
     """
     names: list[str] = []
     steps: list[Step] = []
-    for name, positional, named in _read_calls(AUTOMATIC[symmetry] if text == "auto" else text):
+    for name, positional, named in _read_calls(AUTOMATIC_AUGMENT[symmetry] if text == "auto" else text):
         make = _MAKERS[name]
         try:
             step = make(*positional, **named)
@@ -93,10 +87,11 @@ def _read_calls(text: str) -> list[tuple[str, list[Any], dict[str, Any]]]:
     if text in ("none", ""):
         return []
     remedy = f"Known: {', '.join(_MAKERS)}; write them as RandomHorizontalFlip, RandomRotation(10)."
+    calls = []
     try:
-        tree = ast.parse(f"({text},)", mode="eval").body
-        assert isinstance(tree, ast.Tuple)
-        calls = []
+        tree = ast.parse(f"[{text}]", mode="eval").body
+        if not isinstance(tree, ast.List) or not tree.elts:
+            raise ValueError("no list")
         for node in tree.elts:
             name = node.func if isinstance(node, ast.Call) else node
             if not isinstance(name, ast.Name):
@@ -107,8 +102,8 @@ def _read_calls(text: str) -> list[tuple[str, list[Any], dict[str, Any]]]:
             keywords = node.keywords if isinstance(node, ast.Call) else []
             named = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in keywords}
             calls.append((name.id, [ast.literal_eval(value) for value in arguments], named))
-    except (SyntaxError, ValueError) as error:
-        raise UsageError("augment", f"{text!r} cannot be read", remedy) from error
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
+        raise UsageError("augment", f"{text[:100]!r} cannot be read", remedy) from error
     return calls
 
 
@@ -120,26 +115,44 @@ def _check_symmetry(name: str, positional: list[Any], named: dict[str, Any], sym
         needs = "any"
     elif name == "RandomRotation":
         degrees = positional[0] if positional else named["degrees"]
-        needs = "any" if max(map(abs, _as_pair(degrees))) > LEANING else "none"
+        needs = "any" if max(map(abs, _as_range("degrees", degrees))) > LEANING else "none"
     order = ("none", "mirror", "any")
     if order.index(needs) > order.index(symmetry):
         why = f"{name} changes what a picture means where its symmetry is {symmetry!r}"
         raise UsageError("augment", why, f"Leave it out, or declare --symmetry {needs}.")
 
 
-def _as_pair(value: float | Pair) -> tuple[float, float]:
-    """A number as the range around zero; a pair as it is."""
-    low, high = (-value, value) if isinstance(value, (int, float)) else value
+def _as_range(
+    name: str, value: float | Pair, middle: float = 0.0, least: float = -math.inf, most: float = math.inf
+) -> tuple[float, float]:
+    """A number as the range around a middle, a pair as it is; torchvision's arguments are written so.
+
+    Raises:
+        ValueError: for what is neither, or lies beyond the limits; a number alone is cut at them.
+    """
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0:
+        low, high = max(middle - value, least), middle + value
+    elif isinstance(value, (tuple, list)) and len(value) == 2 and all(type(one) in (int, float) for one in value):
+        low, high = value
+    else:
+        raise ValueError(f"{name} must be a number, 0 or more, or a pair of numbers, not {value!r}")
+    if not (least <= low <= high <= most) or math.isinf(low) or math.isinf(high):
+        raise ValueError(f"{name} {value!r} is no range from small to large within {least:g} to {most:g}")
     return float(low), float(high)
+
+
+def _check_whole(name: str, value: object, least: int = 0) -> None:
+    if type(value) is not int or value < least:
+        raise ValueError(f"{name} must be a whole number, {least} or more, not {value!r}")
 
 
 # Each maker takes torchvision's arguments, with its defaults, and gives a step.
 
 
 def _random_resized_crop(size: int | None = None, scale: Pair = (0.08, 1.0), ratio: Pair = (3 / 4, 4 / 3)) -> Step:
-    (least, most), (narrow, wide) = scale, ratio
-    if not (0 < least <= most <= 1 and 0 < narrow <= wide):
-        raise ValueError(f"scale {scale} must lie in 0 to 1, and ratio {ratio} over 0, each from small to large")
+    if not (isinstance(scale, (tuple, list)) and isinstance(ratio, (tuple, list))):
+        raise ValueError("scale and ratio must be pairs of numbers")
+    (least, most), (narrow, wide) = _as_range("scale", scale, 0, 1e-6, 1), _as_range("ratio", ratio, 0, 0.01, 100)
 
     def draw_box(width: int, height: int, random: Random) -> tuple[int, int, int, int]:
         for _ in range(10):  # as torchvision does: ten tries, then the middle
@@ -149,7 +162,7 @@ def _random_resized_crop(size: int | None = None, scale: Pair = (0.08, 1.0), rat
             if 0 < w <= width and 0 < h <= height:
                 left, top = int(random.integers(width - w + 1)), int(random.integers(height - h + 1))
                 return left, top, left + w, top + h
-        w, h = min(width, round(height * wide)), min(height, round(width / narrow))
+        w, h = max(1, min(width, round(height * wide))), max(1, min(height, round(width / narrow)))
         left, top = (width - w) // 2, (height - h) // 2
         return left, top, left + w, top + h
 
@@ -163,8 +176,9 @@ def _random_resized_crop(size: int | None = None, scale: Pair = (0.08, 1.0), rat
 def _random_crop(
     size: int | None = None, padding: int = 0, padding_mode: Literal["constant", "reflect"] = "constant"
 ) -> Step:
-    if padding_mode not in ("constant", "reflect") or padding < 0:
-        raise ValueError("padding must be 0 or more, padding_mode 'constant' or 'reflect'")
+    _check_whole("padding", padding)
+    if padding_mode not in ("constant", "reflect"):
+        raise ValueError(f"padding_mode must be 'constant' or 'reflect', not {padding_mode!r}")
 
     def step(image: Image.Image, random: Random, preprocess: Preprocess) -> Image.Image:
         pixels = np.pad(np.asarray(image), ((padding, padding), (padding, padding), (0, 0)), padding_mode)
@@ -176,6 +190,8 @@ def _random_crop(
 
 def _flip(method: Image.Transpose) -> Callable[..., Step]:
     def make(p: float = 0.5) -> Step:
+        if type(p) not in (int, float) or not 0 <= p <= 1:
+            raise ValueError(f"p must be a number from 0 to 1, not {p!r}")
         return lambda image, random, _: image.transpose(method) if random.random() < p else image
 
     return make
@@ -192,26 +208,23 @@ def _random_quarter_turn() -> Step:
 
 
 def _random_rotation(degrees: float | Pair) -> Step:
-    low, high = _as_pair(degrees)
+    low, high = _as_range("degrees", degrees)
     return lambda image, random, preprocess: _rotate(image, random.uniform(low, high), preprocess)
 
 
 def _color_jitter(
     brightness: float | Pair = 0, contrast: float | Pair = 0, saturation: float | Pair = 0, hue: float | Pair = 0
 ) -> Step:
-    around_one = [
-        (max(0.0, 1.0 - value), 1.0 + value) if isinstance(value, (int, float)) else value
-        for value in (brightness, contrast, saturation)
-    ]
-    ranges = [*around_one, _as_pair(hue)]
-    if max(map(abs, ranges[3])) > 0.5 or min(low for low, _ in ranges[:3]) < 0:
-        raise ValueError("brightness, contrast and saturation must be 0 or more, hue at most 0.5")
+    names = ("brightness", "contrast", "saturation")
+    given = zip(names, (brightness, contrast, saturation), strict=True)
+    ranges = [*(_as_range(name, value, 1.0, 0.0) for name, value in given), _as_range("hue", hue, 0.0, -0.5, 0.5)]
+    unchanged = (1.0, 1.0), (1.0, 1.0), (1.0, 1.0), (0.0, 0.0)
 
     def step(image: Image.Image, random: Random, _: Preprocess) -> Image.Image:
         factors = [random.uniform(low, high) for low, high in ranges]
         changes = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
         for number in random.permutation(4):
-            if ranges[number] in ((1.0, 1.0), (0.0, 0.0)):
+            if ranges[number] == unchanged[number]:
                 continue
             factor = factors[number]
             image = changes[number](image).enhance(factor) if number < 3 else _shift_hue(image, factor)
@@ -256,7 +269,7 @@ def _shift(across: float, down: float) -> _Change:
     """Moved by the strength in parts of the side, by whole pixels."""
 
     def change(image: Image.Image, strength: float, preprocess: Preprocess) -> Image.Image:
-        x, y = (float(int(part * strength * image.width)) for part in (across, down))
+        x, y = (float(int(round(part * strength * image.width, 6))) for part in (across, down))
         return _transform(image, (1.0, 0.0, -x, 0.0, 1.0, -y), preprocess)
 
     return change
@@ -302,7 +315,9 @@ _OPERATIONS = {
     "Contrast": _Operation(_enhance(ImageEnhance.Contrast), 0.9, 0.99),
     "Sharpness": _Operation(_enhance(ImageEnhance.Sharpness), 0.9, 0.99),
     "Posterize": _Operation(lambda image, s, _: ImageOps.posterize(image, 8 - round(s)), 4.0, 6.0, False),
-    "Solarize": _Operation(lambda image, s, _: ImageOps.solarize(image, round(255 * (1 - s))), 1.0, 1.0, False),
+    "Solarize": _Operation(
+        lambda image, s, _: ImageOps.solarize(image, math.ceil(255 * (1 - s) - 1e-6)), 1.0, 1.0, False
+    ),
     "AutoContrast": _Operation(lambda image, *_: ImageOps.autocontrast(image), 0.0, 0.0, False),
     "Equalize": _Operation(lambda image, *_: ImageOps.equalize(image), 0.0, 0.0, False),
 }
@@ -322,8 +337,9 @@ def _vary(image: Image.Image, random: Random, preprocess: Preprocess, part: floa
 
 def _rand_augment(num_ops: int = 2, magnitude: float = 9) -> Step:
     """`magnitude` is on torchvision's scale of 0 to 30; the paper's 0 to 10 is a third of it."""
-    if not (num_ops >= 0 and 0 <= magnitude <= 30):
-        raise ValueError(f"num_ops {num_ops} must be 0 or more, magnitude {magnitude} on torchvision's scale, 0 to 30")
+    _check_whole("num_ops", num_ops)
+    if type(magnitude) not in (int, float) or not 0 <= magnitude <= 30:
+        raise ValueError(f"magnitude must be a number on torchvision's scale, 0 to 30, not {magnitude!r}")
 
     def step(image: Image.Image, random: Random, preprocess: Preprocess) -> Image.Image:
         for _ in range(num_ops):

@@ -153,6 +153,7 @@ class Training:
         with kept_memory(), self.signals:
             if state.epoch < 0:
                 yield self._finish_epoch()
+                self._check(save=True)
             while state.epoch < settings.epochs and not self._is_stale():
                 self._booked = time.perf_counter()
                 parallel = self.thaw()
@@ -163,6 +164,7 @@ class Training:
                         self._check(time.monotonic() - self._saved > 60 * settings.checkpoint_minutes)
                 _compare(still, self._still_tensors())
                 yield self._finish_epoch()
+                self._check(save=True)  # after whoever takes the record has written it
         self.model.load_state_dict(self.best)
         self.model.eval().requires_grad_(False)
 
@@ -313,7 +315,7 @@ class Training:
     # The end of an epoch, and going on
 
     def _finish_epoch(self) -> Epoch:
-        """Measure, keep the best, save."""
+        """Measure, and keep the best."""
         state, trainable = self.state, self.trainable
         judged = self.average or self.model
         self.model.eval()
@@ -329,7 +331,6 @@ class Training:
         self._book_time()
         seconds = state.seconds
         state.epoch, state.step, state.totals, state.seconds = state.epoch + 1, 0, [0.0, 0.0, 0.0], 0.0
-        self._check(save=True)
         return Epoch(self.phase, state.epoch, loss, accuracy, figures, best, trainable, seconds)
 
     def _book_time(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Container, Generator, Iterable, Iterator, Sequence
@@ -194,6 +195,7 @@ class Album:
         self.paths, self.preprocess, self.limits = paths, preprocess, limits
         self.room_bytes = room_bytes
         self._kept: dict[int, Image.Image] = {}
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -208,9 +210,10 @@ class Album:
         if image is None:
             image = open_image(self.paths[index], self.limits)
             size = 4 * image.width * image.height  # Pillow keeps four bytes a pixel
-            if size <= self.room_bytes:  # threads may overdraw it by a picture each
-                self.room_bytes -= size
-                self._kept[index] = image
+            with self._lock:
+                if size <= self.room_bytes and index not in self._kept:
+                    self.room_bytes -= size
+                    self._kept[index] = image
         return image
 
     def view(self, index: int) -> NDArray[np.uint8]:
@@ -248,10 +251,10 @@ def ahead(function: Callable[[T], R], items: Iterable[T], workers: int, window: 
 
 
 def mix(
-    pixels: NDArray[np.float32], partners: NDArray[np.float32], mixes: Sequence[Mix]
+    pixels: NDArray[Any], partners: NDArray[Any], mixes: Sequence[Mix]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """(pictures mixed with their partners, (n, size, size, 3); the share of each first picture, (n,))."""
-    mixed, shares = pixels.copy(), np.empty(len(mixes), np.float32)
+    mixed, shares = pixels.astype(np.float32), np.empty(len(mixes), np.float32)
     side = pixels.shape[1]
     for row, one in enumerate(mixes):
         if one.box is None:

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # logits (n, classes), targets (n, classes) -> losses (n,)
 
+SURE = 1e-7  # a doubt no smaller than this: a power of it has a gradient
 EFFECTIVE_BETA = 0.999  # Cui et al. (2019) try 0.9 to 0.9999
 
 
@@ -39,10 +40,10 @@ def focal(
     if multi:
         terms = functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
         right = logits.sigmoid() * targets + (1 - logits.sigmoid()) * (1 - targets)
-        terms = terms * (1 - right) ** gamma
+        terms = terms * (1 - right).clamp(min=SURE) ** gamma
         return (terms if weights is None else terms * weights).mean(1)
     log_probabilities = functional.log_softmax(logits, 1)
-    terms = -targets * (1 - log_probabilities.exp()) ** gamma * log_probabilities
+    terms = -targets * (1 - log_probabilities.exp()).clamp(min=SURE) ** gamma * log_probabilities
     return (terms if weights is None else terms * weights).sum(1)
 
 

@@ -83,14 +83,17 @@ def make_window(
     """One process's share of an optimiser step.
 
     Every batch is dealt out among the processes; one that gets no picture of a short batch shows one that does not
-    count, as all must take part.
+    count, as all must take part. So does one with a lone picture where batch norms are trained: they need two.
     """
+    fewest = 2 if settings.batch_norm == "train" or settings.head == "batch-norm" else 1
     mixes = sampling.draw_mixes(len(draws), settings.mixup, settings.cutmix, seed, epoch, step)
     batches = []
     for start in range(0, len(draws), settings.batch_size):
         own = list(world.share(range(start, min(start + settings.batch_size, len(draws)))))
-        weights = torch.ones(len(own)) if own else torch.zeros(1)
-        batches.append(_make_batch(material, settings, epoch, draws, own or [start], weights, mixes))
+        others = (place % len(draws) for place in range(start + len(own), start + len(own) + fewest))
+        company = [next(others) for _ in range(max(0, fewest - len(own)))]
+        weights = torch.cat((torch.ones(len(own)), torch.zeros(len(company))))
+        batches.append(_make_batch(material, settings, epoch, draws, own + company, weights, mixes))
     return Window(batches, len(draws))
 
 

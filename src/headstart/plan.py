@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from headstart.config import EngineConfig, RunConfig
+from headstart.config import AUTOMATIC_AUGMENT, EngineConfig, RunConfig
 from headstart.data import Task
 from headstart.errors import UsageError
 
@@ -90,8 +90,14 @@ def trains(config: RunConfig) -> bool:
 
 def needs_features(config: RunConfig) -> bool:
     """Whether a phase works on the pretrained network's features."""
-    engine = config.engine
-    return config.train.strategy in ("auto", "probe", "lp-ft") or (engine.freeze == "all" and engine.augment == "none")
+    strategy = config.train.strategy
+    return strategy in ("auto", "probe", "lp-ft") or (strategy == "finetune" and _is_still(config.engine))
+
+
+def _is_still(engine: EngineConfig) -> bool:
+    """Whether every epoch sees the same features: nothing of the network is trained, and no picture is varied."""
+    varied = engine.augment != "none" or engine.mixup or engine.cutmix
+    return engine.freeze == "all" and not engine.unfreeze_epochs and not varied
 
 
 def decide(situation: Situation, config: RunConfig) -> Plan:
@@ -123,6 +129,9 @@ def _check(situation: Situation, strategy: Strategy, engine: EngineConfig) -> No
     if strategy == "lp-ft" and engine.head != "linear":
         why = f"lp-ft fits a linear head first, and --head is {engine.head}"
         raise UsageError("strategy", why, "Give --strategy two-stage, which trains any head first.")
+    if strategy == "probe" and (engine.mixup or engine.cutmix):
+        why = "mixes pictures, and probe trains a head on features"
+        raise UsageError("mixup" if engine.mixup else "cutmix", why, "Leave it out, or give another --strategy.")
     if strategy == "scratch" and engine.freeze:
         raise UsageError("freeze", "freezes random weights", "Leave it out, or give another --strategy.")
 
@@ -153,8 +162,7 @@ def _plan_training(s: Situation, strategy: Strategy, engine: EngineConfig, reaso
     reasons.append(f"the best of {settings.epochs} epochs by {settings.best_by} on {s.select} select pictures")
     reasons.append(f"{settings.optimizer}, learning rate {settings.learning_rate:g}, {settings.batch_size} a batch")
     start: Literal["pretrained", "random"] = "random" if strategy == "scratch" else "pretrained"
-    still = strategy == "probe" or (settings.freeze == "all" and not settings.unfreeze_epochs)
-    if still and settings.augment == "none" and start == "pretrained":
+    if strategy == "probe" or (strategy in ("finetune", "lp-ft") and _is_still(settings)):
         reasons.append("only the head is trained, and pictures are not varied: on features, computed once")
         return [Train(settings, s.layout, start, "features")]
     reasons.append(f"training in {s.layout}")
@@ -189,8 +197,14 @@ def settle(s: Situation, strategy: Strategy, engine: EngineConfig) -> EngineConf
         batch_norm=("train" if strategy == "scratch" else "frozen")
         if engine.batch_norm == "auto"
         else engine.batch_norm,
-        augment="none" if strategy == "probe" and engine.augment == "auto" else engine.augment,
+        augment=_settle_augment(strategy, engine),
     )
+
+
+def _settle_augment(strategy: Strategy, engine: EngineConfig) -> str:
+    if engine.augment != "auto":
+        return engine.augment
+    return "none" if strategy == "probe" else AUTOMATIC_AUGMENT[engine.symmetry]
 
 
 EPOCHS: dict[Strategy, int] = {"probe": 100, "finetune": 10, "lp-ft": 6, "two-stage": 8, "scratch": 60}
