@@ -757,7 +757,6 @@ def test_random_weights_are_those_that_the_library_begins_with(library):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.xfail(strict=True, reason="torchvision's own initialisation is switched off, as for weights that are read")
 def test_random_weights_of_googlenet_are_those_that_the_library_begins_with():
     found = backbones.untrained("torchvision/googlenet", 0).network.conv1.conv.weight
     expected = models.googlenet(weights=None, aux_logits=False, init_weights=True).conv1.conv.weight
@@ -798,7 +797,6 @@ def test_an_untrained_network_that_is_unknown_is_refused_in_one_line(name):
     assert name in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.xfail(strict=True, raises=WeightsError, reason="the package of weights that are not used is asked for")
 def test_an_untrained_packaged_network_needs_no_package(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert backbones.untrained("efficientnet_lite1", 0).spec.preprocess.size == 240

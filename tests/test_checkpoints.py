@@ -277,7 +277,6 @@ def test_where_both_are_damaged_there_is_none_and_both_are_named(pair, caplog):
     assert str(folder / checkpoints.NAME) in told and str(folder / checkpoints.PREVIOUS) in told
 
 
-@pytest.mark.xfail(strict=True, reason="the message promises the one before where there is none")
 def test_no_checkpoint_is_promised_where_none_is_left(tmp_path, caplog):
     write(tmp_path, at(0))
     (tmp_path / checkpoints.NAME).write_bytes(b"")
@@ -367,7 +366,6 @@ def test_where_it_may_not_be_written_that_is_said(tmp_path):
     assert epoch_of(tmp_path) == 1
 
 
-@pytest.mark.xfail(strict=True, raises=FileNotFoundError, reason="the free space of a folder that is gone is asked for")
 def test_a_folder_that_was_taken_away_is_an_error_of_ours(tmp_path):
     with pytest.raises(TrainingError, match="No such file"):
         write(tmp_path / "gone", at(1))

@@ -35,7 +35,10 @@ def rows_of(folder):
     "settings",
     [
         ("--strategy", "finetune", "--accumulate", "2", "--mixup", "0.3", "--learning-rate", "0.01"),
-        pytest.param(("--strategy", "lp-ft", "--freeze", "blocks.2", "--ema", "0.8", "--learning-rate", "1e-7"), marks=pytest.mark.slow),
+        pytest.param(
+            ("--strategy", "lp-ft", "--freeze", "blocks.2", "--ema", "0.8", "--learning-rate", "1e-7"),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(("--strategy", "two-stage", "--unfreeze-epochs", "1", "--freeze", "all"), marks=pytest.mark.slow),
     ],
 )

@@ -270,7 +270,6 @@ def test_a_range_test_is_drawn_beside_the_curves_with_what_it_suggests(tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="the place of every row is looked up in all rows")
 def test_drawing_long_courses_takes_little_longer_than_short_ones(tmp_path):
     seconds = []
     for steps in (200, 1600):
@@ -324,7 +323,6 @@ def test_tensorboards_steps_are_counted_on_where_a_run_goes_on(tmp_path, scalars
     assert [step for step, _ in scalars(tmp_path / "tensorboard")["learning rate"]] == [1, 2, 3, 4]
 
 
-@pytest.mark.xfail(strict=True, reason="every phase counts its epochs from 0 under the same names")
 def test_tensorboards_epochs_of_a_second_phase_follow_those_of_the_first(tmp_path, scalars):
     with open_history(RunFolder(tmp_path), START, a_plan(tensorboard=True)) as written:
         for record in TWO_PHASES:

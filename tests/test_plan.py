@@ -156,6 +156,16 @@ def values_in(content):
             "finetune",
             ["train pretrained pictures"],
         ),
+        (
+            {"strategy": "finetune", "freeze": "all", "augment": "none", "mixup": 0.2},
+            "finetune",
+            ["train pretrained pictures"],
+        ),
+        (
+            {"strategy": "two-stage", "freeze": "all", "augment": "none"},
+            "two-stage",
+            ["train pretrained pictures"] * 2,
+        ),
     ],
 )
 def test_a_strategy_is_its_phases(settings, strategy, phases):
@@ -223,19 +233,25 @@ def test_sgd_takes_ten_times_the_rate_of_adam(strategy):
 
 @pytest.mark.parametrize("settings", TRAINED)
 @pytest.mark.parametrize("task", ["single", "multi"])
-def test_no_number_in_a_plan_is_zero_for_by_strategy_and_nothing_but_augment_is_auto(settings, task):
+def test_nothing_in_a_plan_to_train_is_auto_or_zero_for_by_strategy(settings, task):
     by_strategy = {name for name, known in configs.settings("engine").items() if known.help.find("(0: by strategy") > 0}
     assert by_strategy == {"epochs", "learning_rate", "layer_decay"}
     found = list(values_in(json.loads(json.dumps(training(settings, task=task).to_json()))))
     assert {name for name, _ in found} >= by_strategy | {"batch_size"}
     assert all(value for name, value in found if name in by_strategy | {"batch_size"})
-    assert all(value != "auto" for name, value in found if name != "augment")
+    assert not [name for name, value in found if value == "auto"]
 
 
-@pytest.mark.xfail(strict=True, reason="`augment` stays auto")
-@pytest.mark.parametrize("settings", TRAINED[:-1])
-def test_nothing_in_a_plan_is_auto(settings):
-    assert "auto" not in [value for _, value in values_in(json.loads(json.dumps(training(settings).to_json())))]
+@pytest.mark.parametrize("symmetry", configs.AUTOMATIC_AUGMENT)
+@pytest.mark.parametrize("strategy", EPOCHS)
+def test_the_augmentation_of_a_plan_is_written_out_and_can_be_carried_out(strategy, symmetry):
+    from headstart.augmentation import parse
+
+    found = settle(TRAINING, strategy, EngineConfig(symmetry=symmetry)).augment
+    flips = {"none": 0, "mirror": 1, "any": 2}[symmetry]
+    assert (found == "none") == (strategy == "probe")
+    assert found.count("Flip") == (0 if strategy == "probe" else flips)
+    assert len(parse(found, symmetry, 64).steps) == (0 if strategy == "probe" else 1 + flips + (symmetry == "any"))
 
 
 @pytest.mark.parametrize("settings", TRAINED)
@@ -278,6 +294,8 @@ def test_a_plan_to_train_says_why(settings, words):
         ({"task": "multi"}, {"strategy": "lp-ft", "loss": "nll"}, "loss", "bce-with-logits"),
         ({}, {"strategy": "lp-ft", "head": "mlp"}, "strategy", "two-stage"),
         ({}, {"strategy": "lp-ft", "head": "batch-norm"}, "strategy", "two-stage"),
+        ({}, {**PROBE_WITH_MLP, "mixup": 0.2}, "mixup", "Give --strategy"),
+        ({}, {**PROBE_WITH_MLP, "cutmix": 1.0}, "cutmix", "Give --strategy"),
         ({}, {"strategy": "scratch", "freeze": "layer1"}, "freeze", "another --strategy"),
         ({}, {"strategy": "scratch", "freeze": "all"}, "freeze", "another --strategy"),
     ],
@@ -288,11 +306,19 @@ def test_settings_that_contradict_each_other_are_refused_with_what_to_do(facts, 
     assert caught.value.subject == subject and remedy in caught.value.remedy and caught.value.exit_status == 2
 
 
-@pytest.mark.xfail(strict=True, reason="with an augmentation, probe is carried out as full fine-tuning")
-@pytest.mark.parametrize("augment", ["RandomHorizontalFlip", "RandomResizedCrop"])
+@pytest.mark.parametrize("augment", ["auto", "none"])
 def test_probe_trains_no_weight_of_the_network_whatever_is_done_to_pictures(augment):
     (phase,) = training({**PROBE_WITH_MLP, "augment": augment}).phases
     assert phase.on == "features" or (phase.settings.freeze == "all" and not phase.settings.unfreeze_epochs)
+
+
+def test_an_augmentation_that_was_set_is_carried_out_or_refused():
+    try:
+        (phase,) = training({**PROBE_WITH_MLP, "augment": "RandomHorizontalFlip"}).phases
+    except UsageError as error:
+        assert error.subject == "augment"
+    else:
+        assert phase.on == "pictures" or phase.settings.augment == "none"
 
 
 def test_what_a_run_prepares_is_what_its_plan_needs():
@@ -303,6 +329,7 @@ def test_what_a_run_prepares_is_what_its_plan_needs():
         "freeze": ("", "2", "all"),
         "augment": ("auto", "none", "RandomHorizontalFlip"),
         "unfreeze_epochs": (0, 1),
+        "mixup": (0.0, 0.2),
     }
     planned = 0
     for values in itertools.product(*choices.values()):

@@ -157,7 +157,6 @@ def test_handlers_are_what_they_were_after_an_error(acted):
     assert handlers() == before
 
 
-@pytest.mark.xfail(strict=True, reason="asking for a signal that has not come ends the noting of those to come")
 def test_where_no_signal_has_come_raising_again_does_nothing_and_later_ones_are_noted(acted):
     with Signals() as signals:
         for _ in range(3):

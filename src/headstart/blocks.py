@@ -26,7 +26,7 @@ def find_blocks(network: nn.Module, size: int) -> tuple[Block, ...]:
     The network is run once: layers are taken in the order they are called. A block is a child of the network, or a
     child's child where the child is a sequence (`layer1.0`, `features.3`); a norm or dropout by itself belongs to what
     it follows. What belongs to no layer, such as position embeddings, is in the first block; layers that are never
-    called are in the last.
+    called come last. A block that the network calls `head` is called `backbone.head`, as `head` is the new one.
 
     Args:
         network: pictures (n, 3, size, size) -> features (n, dim); in evaluation mode.
@@ -44,7 +44,9 @@ def find_blocks(network: nn.Module, size: int) -> tuple[Block, ...]:
             found.setdefault(key, []).append(name)
     names = [*found] or [""]
     found[names[0]] = [*loose, *found.get(names[0], [])]
-    return tuple(Block(name, tuple(found[name])) for name in names)
+    # What a network calls its head is not the new head, whose name is `head`.
+    shown = {name: f"backbone.{name}" if _is_in(name, "head") else name for name in names}
+    return tuple(Block(shown[name], tuple(found[name])) for name in names)
 
 
 def _run_order(network: nn.Module, size: int) -> list[str]:

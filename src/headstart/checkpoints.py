@@ -49,12 +49,10 @@ def write(folder: Path, checkpoint: Checkpoint) -> None:
         fresh.replace(file)
         sync(folder)
     except OSError as error:
-        free = shutil.disk_usage(folder).free / 2**20
-        why = (
-            f"cannot be written ({error.strerror}): {len(content) / 2**20:.1f} MiB are needed, {free:.1f} MiB are free"
-        )
-        remedy = "Free some space and give the same command: the last good checkpoint is kept."
-        raise TrainingError(file, why, remedy) from error
+        free = f"{shutil.disk_usage(folder).free / 2**20:.1f} MiB are free" if folder.exists() else "the folder is gone"
+        why = f"cannot be written ({error.strerror}): {len(content) / 2**20:.1f} MiB are needed, {free}"
+        kept = ": the last good checkpoint is kept" if file.exists() or (folder / PREVIOUS).exists() else ""
+        raise TrainingError(file, why, f"Free some space and give the same command{kept}.") from error
 
 
 def read(folder: Path) -> Checkpoint | None:
@@ -69,7 +67,9 @@ def read(folder: Path) -> Checkpoint | None:
         checkpoint = _read(file)
         if checkpoint is not None:
             return checkpoint
-        log.warning("checkpoint: %s: is damaged (its checksum does not match): the one before is used", file)
+        others = name == NAME and (folder / PREVIOUS).exists()
+        instead = "the one before is used" if others else "there is no other, training begins again"
+        log.warning("checkpoint: %s: is damaged (its checksum does not match): %s", file, instead)
         with contextlib.suppress(FileNotFoundError):  # another process may have set it aside
             file.replace(folder / DAMAGED)
     return None

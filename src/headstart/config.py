@@ -90,7 +90,6 @@ AUTOMATIC_AUGMENT = {
 }
 
 
-
 @dataclass(frozen=True)
 class EngineConfig:
     """How weights are trained by gradient: all strategies but probe."""

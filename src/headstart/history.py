@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,8 @@ class History:
         self._file = file.open("a", encoding="utf-8") if file is not None else None
         self._writer = _open_tensorboard(tensorboard) if tensorboard is not None else None
         self._steps = sum("step" in row for row in kept)
+        self._begun = _find_begins(kept)
+        self._last = max((self._begun[row["phase"]] + row["epoch"] for row in kept), default=0)
 
     def add(self, record: Step | Epoch) -> None:
         """Add a row."""
@@ -34,6 +37,9 @@ class History:
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         self._steps += isinstance(record, Step)
+        if record.phase not in self._begun:
+            self._begun[record.phase] = self._last
+        self._last = self._begun[record.phase] + record.epoch
         if self._writer is not None:
             self._write_scalars(record, self._writer)
 
@@ -44,7 +50,7 @@ class History:
         figures = {"train/loss": record.loss, "train/accuracy": record.accuracy}
         figures |= {f"select/{name}": value for name, value in record.select.items()}
         for name, value in figures.items():
-            writer.add_scalar(name, value, record.epoch)
+            writer.add_scalar(name, value, self._begun.get(record.phase, 0) + record.epoch)
 
     def close(self) -> None:
         """Close the files."""
@@ -86,7 +92,7 @@ def read(file: Path) -> list[Row]:
     if not file.exists():
         return []
     rows = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             rows.append(json.loads(line))
         except ValueError:
@@ -115,7 +121,8 @@ def draw(folder: Path) -> None:
         _draw_range_test(json.loads(test.read_text(encoding="utf-8")), folder / "learning_rate")
     epochs = [row for row in rows if "step" not in row]
     steps = [row for row in rows if "step" in row]
-    places = [_place(row, rows) for row in epochs]
+    begun = _find_begins(rows)
+    places = [_place(row, begun) for row in epochs]
     figure, axes = _figure(3)
     loss, accuracy, rate = axes
     for axis, name in ((loss, "loss"), (accuracy, "accuracy")):
@@ -132,7 +139,7 @@ def draw(folder: Path) -> None:
         if best:
             axis.axvline(best[-1], color="grey", linewidth=0.8, linestyle=":", label="kept")
         axis.legend(frameon=False)
-    rate.plot([_place(row, rows) for row in steps], [row["rate"] for row in steps])
+    rate.plot([_place(row, begun) for row in steps], [row["rate"] for row in steps])
     rate.set_ylabel("learning rate")
     for axis in axes:
         axis.set_xlabel("epoch")
@@ -152,12 +159,19 @@ def _draw_range_test(test: dict[str, Any], file: Path) -> None:
     _save(figure, file)
 
 
-def _place(row: Row, rows: Sequence[Row]) -> float:
+def _place(row: Row, begun: dict[int, int]) -> float:
     """Epochs since the first phase began."""
-    before = [max(r["epoch"] for r in rows if r["phase"] == phase) for phase in {r["phase"] for r in rows}
-              if phase < row["phase"]]  # fmt: skip
     within = row["epoch"] - 1 + row["step"] / row["steps"] if "step" in row else row["epoch"]
-    return float(sum(before) + within)
+    return float(begun[row["phase"]] + within)
+
+
+def _find_begins(rows: Sequence[Row]) -> dict[int, int]:
+    """The epochs of all phases before each phase."""
+    lengths: dict[int, int] = {}
+    for row in rows:
+        lengths[row["phase"]] = max(lengths.get(row["phase"], 0), row["epoch"])
+    begins = itertools.accumulate((lengths[phase] for phase in sorted(lengths)), initial=0)
+    return dict(zip(sorted(lengths), begins, strict=False))
 
 
 def _figure(columns: int) -> tuple[Any, Any]:

@@ -279,8 +279,8 @@ def _assemble(file: Path, content: bytes, described: Mapping[str, Any]) -> Class
         )
     except HeadstartError:
         raise
-    except (KeyError, TypeError, ValueError) as error:
-        why = f"lacks what a model needs ({type(error).__name__}: {error})"
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:
+        why = f"lacks what a model needs ({type(error).__name__}: {str(error).splitlines()[0]})"
         raise CorruptModel(file, why, "Copy it again from where it was trained.") from error
 
 
@@ -289,10 +289,21 @@ def _describe_head(head: nn.Module) -> dict[str, Any]:
         return {"kind": "knn", "classes": head.classes, "k": head.k}
     if isinstance(head, nn.Linear) and head.bias is not None:
         return {"kind": "linear"}
-    if isinstance(head, nn.Sequential) and all(type(layer) in _LAYERS.values() for layer in head):
+    if isinstance(head, nn.Sequential) and all(map(_is_known, head)):
         names = {kind: name for name, kind in _LAYERS.items()}
         return {"kind": "layers", "layers": [names[type(layer)] for layer in head]}
     raise TypeError(f"a head of {type(head).__name__} cannot be saved: Linear, NearestNeighbours, or a known sequence")
+
+
+def _is_known(layer: nn.Module) -> bool:
+    """Whether a layer's kind and tensors are all there is to it."""
+    if type(layer) not in _LAYERS.values():
+        return False
+    if isinstance(layer, nn.Linear):
+        return layer.bias is not None
+    if isinstance(layer, nn.BatchNorm1d):
+        return layer.eps == 1e-5 and layer.affine and layer.track_running_stats
+    return getattr(layer, "alpha", 1.0) == 1.0
 
 
 # What a head with several layers may consist of. Dropout does nothing in a trained head, and keeps the layers' numbers.

@@ -12,6 +12,7 @@ from torch import nn
 
 from headstart.blocks import Block, count_frozen, read_rates
 from headstart.config import EngineConfig
+from headstart.errors import UsageError
 
 # Smith (2018), with torch's own numbers: the rate starts at a 25th, ends at a 10,000th of that.
 CYCLE_RISE, CYCLE_START, CYCLE_END = 0.3, 25.0, 1e4
@@ -70,19 +71,25 @@ def group_parameters(model: nn.Module, parts: Parts, settings: EngineConfig) -> 
     """The optimiser's parameter groups: for each block that is trained at any time, what decays and what does not.
 
     Norms and biases (all parameters of one dimension or none) do not decay unless `decay_all` is set.
+
+    Raises:
+        UsageError: where nothing is trained at any time.
     """
     groups = []
-    ever = parts.trained(settings.epochs, settings.unfreeze_epochs)
+    ever, seen = parts.trained(settings.epochs - 1, settings.unfreeze_epochs), set[int]()
     for modules, rate, trained in zip(parts.modules, parts.rates, ever, strict=True):
         if not trained:
             continue
-        own = list(own_parameters(model, modules).values())
+        own = [parameter for parameter in own_parameters(model, modules).values() if id(parameter) not in seen]
+        seen.update(map(id, own))  # weights that two layers share learn once
         plain = [] if settings.decay_all else [parameter for parameter in own if parameter.ndim <= 1]
         ids = {id(parameter) for parameter in plain}
         decaying = [parameter for parameter in own if id(parameter) not in ids]
         for parameters, decay in ((decaying, settings.weight_decay), (plain, 0.0)):
             if parameters:
                 groups.append({"params": parameters, "highest": rate, "weight_decay": decay})
+    if not groups:
+        raise UsageError("rates", "nothing is left to be trained", "Freeze less, or give the head a rate over 0.")
     return groups
 
 
@@ -101,7 +108,7 @@ def rate_at(step: int, steps_per_epoch: int, settings: EngineConfig) -> float:
     if settings.schedule == "step":
         return settings.step_factor ** (step // steps_per_epoch // settings.step_epochs)
     if settings.schedule == "cosine":
-        rising = round(settings.warmup_epochs * steps_per_epoch)
+        rising = math.floor(min(settings.warmup_epochs, settings.epochs / 2) * steps_per_epoch)  # and then it falls
         if step < rising:
             return (step + 1) / (rising + 1)
         return _between(1.0, 0.0, (step - rising) / max(1, total - rising))

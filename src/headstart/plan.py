@@ -129,11 +129,22 @@ def _check(situation: Situation, strategy: Strategy, engine: EngineConfig) -> No
     if strategy == "lp-ft" and engine.head != "linear":
         why = f"lp-ft fits a linear head first, and --head is {engine.head}"
         raise UsageError("strategy", why, "Give --strategy two-stage, which trains any head first.")
-    if strategy == "probe" and (engine.mixup or engine.cutmix):
-        why = "mixes pictures, and probe trains a head on features"
-        raise UsageError("mixup" if engine.mixup else "cutmix", why, "Leave it out, or give another --strategy.")
+    if strategy == "probe":
+        _check_probe(engine)
     if strategy == "scratch" and engine.freeze:
         raise UsageError("freeze", "freezes random weights", "Leave it out, or give another --strategy.")
+
+
+def _check_probe(engine: EngineConfig) -> None:
+    """Nothing that is set goes unheeded: a fitted head has no use for the engine's settings, a trained one for some."""
+    default = EngineConfig()
+    changed = [f.name for f in dataclasses.fields(engine) if getattr(engine, f.name) != getattr(default, f.name)]
+    of_pictures = ("augment", "symmetry", "mixup", "cutmix", "freeze", "rates", "unfreeze_epochs", "batch_norm")
+    of_stages = ("head_epochs", "head_rate", "layer_decay")
+    idle = changed if engine.head == "linear" else [name for name in changed if name in of_pictures + of_stages]
+    if idle and not (idle == ["augment"] and engine.augment == "none"):
+        why = "has no effect with strategy probe, which leaves the network as it is"
+        raise UsageError(", ".join(idle), why, "Give --strategy finetune, lp-ft, two-stage or scratch.")
 
 
 def _plan_head(s: Situation, config: RunConfig, linear: bool, reasons: list[str]) -> FitHead:

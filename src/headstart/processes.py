@@ -128,9 +128,9 @@ class Signals:
         self._restore()
 
     def raise_again(self) -> None:
-        """Let the signal that came do what it would have done."""
-        self._restore()
+        """Let the signal that came do what it would have done; without one, go on watching."""
         if self.came is not None:
+            self._restore()
             signal.raise_signal(self.came)
 
     def _note(self, number: int, _: object) -> None:
