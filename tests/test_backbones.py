@@ -760,7 +760,7 @@ def test_random_weights_are_those_that_the_library_begins_with(library):
 def test_random_weights_of_googlenet_are_those_that_the_library_begins_with():
     found = backbones.untrained("torchvision/googlenet", 0).network.conv1.conv.weight
     expected = models.googlenet(weights=None, aux_logits=False, init_weights=True).conv1.conv.weight
-    assert found.std() == pytest.approx(expected.std(), rel=0.1)
+    assert found.std().item() == pytest.approx(expected.std().item(), rel=0.1)
 
 
 def test_an_untrained_network_has_the_architecture_and_the_views_of_the_trained_one():

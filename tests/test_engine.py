@@ -499,10 +499,6 @@ class RunningMean(nn.Module):
         return self.second(self.first(pictures - self.mean)).mean((2, 3))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a frozen module above a trained one is put into training mode, and its buffers are then not compared",
-)
 def test_a_frozen_networks_own_buffers_stand_still_also_where_a_part_of_it_is_trained():
     model = Adapted(RunningMean(), nn.Linear(4, CLASSES))
     training = start(model, decide(freeze="first"))
@@ -535,15 +531,11 @@ def test_gradual_unfreezing_thaws_one_more_block_each_so_many_epochs_from_the_he
     assert sizes == [sum(per_block[block] for block in blocks) for blocks in learned]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="epoch -1 is divided by the epochs of unfreezing: a block too few, even the head"
-)
 def test_before_the_first_step_as_much_is_trainable_as_in_the_first_epoch():
     _, epochs = steps_and_epochs(start(build(), decide(freeze="all", unfreeze_epochs=1)).run())
     assert epochs[0].trainable == epochs[1].trainable
 
 
-@pytest.mark.xfail(strict=True, reason="after an early stop, what would have been trained next is counted")
 def test_after_an_early_stop_what_was_trained_last_is_counted():
     training = start(build(), decide(epochs=9, freeze="all", unfreeze_epochs=2, patience=2), validate=scripted(1, 2, 3))
     _, epochs = steps_and_epochs(training.run())

@@ -401,9 +401,6 @@ def test_settings_that_fit_are_accepted(bench, settings):
     fitting.check_settings(bench, make_plan(Train(decide(**settings), PLAIN)))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="it is refused when training begins: on features, after all of the work before it"
-)
 def test_settings_that_train_nothing_at_all_are_refused(bench):
     with pytest.raises(UsageError, match="nothing is left to be trained"):
         fitting.check_settings(bench, make_plan(Train(decide(freeze="all", rates="head=0"), PLAIN)))

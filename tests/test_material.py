@@ -337,7 +337,6 @@ def test_features_are_batched_and_blended_like_pictures():
     np.testing.assert_allclose(rows_of(blended.batches, "pixels"), targets @ matrix, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.xfail(strict=True, raises=IndexError, reason="a head is trained on features, which have no box to cut")
 def test_cutmix_of_a_head_on_features_is_refused_or_left_out(shapes, tiny_weights, tmp_path):
     given = {"strategy": "probe", "head": "mlp", "epochs": 1, "cutmix": 1.0, "weights": str(tiny_weights)}
     try:

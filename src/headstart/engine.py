@@ -140,6 +140,8 @@ class Training:
         self.signals = Signals()
         self._saved, self._booked = time.monotonic(), time.perf_counter()
         self._resume()
+        last = max(0, self.state.epoch - (self.state.step == 0))
+        self.trainable = self._count(self.parts.trained(last, settings.unfreeze_epochs))  # in the last epoch begun
 
     def run(self) -> Generator[Step | Epoch, None, None]:
         """Train to the end, step by step.
@@ -265,11 +267,14 @@ class Training:
         """
         model, frozen_norms = self.model.eval().requires_grad_(False), self.settings.batch_norm == "frozen"
         trained = self.parts.trained(self.state.epoch, self.settings.unfreeze_epochs)
-        for modules, is_trained in zip(self.parts.modules, trained, strict=True):
-            for name in modules if is_trained else ():
-                for parameter in model.get_submodule(name).parameters(recurse=False):
-                    parameter.requires_grad_(True)
-                for above in _and_ancestors(name):  # they may ask `self.training` for their parts' sake
+        self.trainable = self._count(trained)
+        pairs = list(zip(self.parts.modules, trained, strict=True))
+        frozen = {name for modules, is_trained in pairs if not is_trained for name in modules}
+        for name in (name for modules, is_trained in pairs if is_trained for name in modules):
+            for parameter in model.get_submodule(name).parameters(recurse=False):
+                parameter.requires_grad_(True)
+            for above in _and_ancestors(name):  # they may ask `self.training` for their parts' sake
+                if above not in frozen:
                     model.get_submodule(above).training = True
         for module in model.backbone.modules() if frozen_norms else ():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -288,13 +293,10 @@ class Training:
                 found |= {f"{prefix}.{name}": buffer for name, buffer in module.named_buffers(recurse=False)}
         return found
 
-    @property
-    def trainable(self) -> int:
-        """How many numbers are trained in the last epoch begun."""
-        epoch = min(self.state.epoch, self.settings.epochs - 1)
-        trained = self.parts.trained(epoch, self.settings.unfreeze_epochs)
+    def _count(self, trained: Sequence[bool]) -> int:
+        """How many numbers the trained blocks hold."""
         chosen = [modules for modules, is_trained in zip(self.parts.modules, trained, strict=True) if is_trained]
-        own = [p for modules in chosen for p in optimisation.own_parameters(self.model, modules).values()]
+        own = {p for modules in chosen for p in optimisation.own_parameters(self.model, modules).values()}
         return sum(parameter.numel() for parameter in own)
 
     def count_left(self) -> int:
@@ -316,7 +318,7 @@ class Training:
 
     def _finish_epoch(self) -> Epoch:
         """Measure, and keep the best."""
-        state, trainable = self.state, self.trainable
+        state = self.state
         judged = self.average or self.model
         self.model.eval()
         figures = self.validate(judged.eval(), self._check)
@@ -331,7 +333,7 @@ class Training:
         self._book_time()
         seconds = state.seconds
         state.epoch, state.step, state.totals, state.seconds = state.epoch + 1, 0, [0.0, 0.0, 0.0], 0.0
-        return Epoch(self.phase, state.epoch, loss, accuracy, figures, best, trainable, seconds)
+        return Epoch(self.phase, state.epoch, loss, accuracy, figures, best, self.trainable, seconds)
 
     def _book_time(self) -> None:
         """Add to the epoch's seconds all that passed since the last time, waiting for pictures included."""

@@ -298,7 +298,9 @@ def check_settings(bench: Bench, chosen: Plan) -> None:
             raise UsageError("best_by", f"{settings.best_by!r} is no figure of this task", remedy)
         augmentation.parse(settings.augment, settings.symmetry, preprocess.size)
         blocks = () if phase.on == "features" else bench.blocks
-        parts = optimisation.divide(bench.begin(phase, None), blocks, settings)
+        adapted = bench.begin(phase, None)
+        parts = optimisation.divide(adapted, blocks, settings)
+        optimisation.group_parameters(adapted, parts, settings)
         for name, rate in zip(parts.names, parts.rates, strict=True):
             if rate > parts.rates[-1] > 0:
                 log.info("rates: %s learns faster (%g) than the new head (%g)", name, rate, parts.rates[-1])

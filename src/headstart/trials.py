@@ -34,7 +34,7 @@ STEPS = 3  # that are timed, after one that is not
 MOST_PICTURES = 16  # a timed step: the ratios hardly change beyond
 RANGE = (1e-7, 1.0)  # learning rates of the range test
 RANGE_STEPS = 100
-SMOOTHING = 0.9
+SMOOTHING, UNSMOOTHED = 0.9, 10
 
 
 def find_layout(
@@ -80,8 +80,11 @@ def find_layout(
     shown = "; ".join(f"{layout}: {batch / taken:.1f}" for layout, taken in seconds.items())
     log.info("training steps timed, pictures a second: %s", shown)
     if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps(dataclasses.asdict(best)).encode())
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(file, json.dumps(dataclasses.asdict(best)).encode())
+        except OSError as error:
+            log.info("%s cannot be written (%s): the steps will be timed again", file, error.strerror)
     return best
 
 
@@ -98,7 +101,7 @@ def _candidates(device: torch.device, precision: str) -> list[Layout]:
 
 def _describe_machine(device: torch.device) -> list[str]:
     processor = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor_name()
-    return [processor, str(torch.get_num_threads()), torch.__version__]
+    return [device.type, processor, str(torch.get_num_threads()), torch.__version__]
 
 
 def _processor_name() -> str:
@@ -187,5 +190,6 @@ def find_rate(training: Training) -> RangeTest:
 def _suggest(rates: Sequence[float], smoothed: Sequence[float]) -> RangeTest:
     if len(rates) < 3:
         raise TrainingError("--find-lr", "the loss is not finite at the least rate", "Give --learning-rate yourself.")
-    lowest = min(range(len(smoothed)), key=smoothed.__getitem__)
+    # The first few losses are hardly smoothed: one lucky batch is no reason for a rate.
+    lowest = min(range(min(UNSMOOTHED, len(smoothed) - 1), len(smoothed)), key=smoothed.__getitem__)
     return RangeTest(tuple(rates), tuple(smoothed), rates[lowest] / 10)
