@@ -55,7 +55,7 @@ def test_two_processes_see_the_same_pictures_and_give_the_same_model_as_one(trai
             assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
         assert mine["accuracy"] == theirs["accuracy"]
         for name, value in mine.get("select", {}).items():
-            assert theirs["select"][name] == pytest.approx(value, rel=1e-3)
+            assert theirs["select"][name] == pytest.approx(value, rel=1e-2, abs=1e-4)
     models = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
     # The mistake: "module." in every key
     assert models[0].keys() == models[1].keys()

@@ -274,7 +274,7 @@ def test_a_plan_to_train_comes_back_from_its_json(settings):
     [
         (
             {"strategy": "finetune"},
-            ["strategy finetune: as set", "10 epochs by log_loss on 45 select", "adamw, learning rate 0.001, 32 a"],
+            ["strategy finetune: as set", "10 epochs by log_loss on 45 select", "adamw, learning rate 0.0003, 32 a"],
         ),
         ({"strategy": "finetune"}, ["training in float32, channels first"]),
         ({"strategy": "two-stage", "head_epochs": 2}, ["first the head alone: 2 epochs by adam at 0.001"]),
