@@ -373,6 +373,7 @@ def test_each_process_embeds_its_share_and_gets_all(bench, monkeypatch):
         ({"freeze": "layer9"}, "pictures", "freeze: 'layer9' is no block of the network"),
         ({"freeze": "blocks.9"}, "pictures", "'blocks.9' is no block of the network, did you mean 'blocks.[0-4]'"),
         ({"freeze": "99"}, "pictures", "freeze: 99 is over the network's 7 blocks"),
+        ({"freeze": "blocks"}, "features", "freeze: 'blocks' is no block of the network"),  # there is none
         ({"rates": "layer9=1e-3"}, "pictures", "rates: 'layer9' is no block of the network"),
         ({"rates": "conv_stem"}, "pictures", "rates: 'conv_stem' is no NAME=RATE"),
     ],

@@ -118,7 +118,7 @@ class Backbone:
     @staticmethod
     def of(spec: Spec, network: nn.Module) -> Backbone:
         """The backbone of a network that is there already."""
-        backbone = Backbone(spec, {})
+        backbone = Backbone(spec, dict(network.state_dict()))
         backbone.__dict__["network"] = network
         return backbone
 

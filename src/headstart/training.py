@@ -249,7 +249,7 @@ def _find_network(config: RunConfig) -> _Network:
     size, name, file = config.model.size, config.model.backbone, config.model.weights
     if config.train.strategy == "scratch":
         untrained = backbones.untrained(name, config.train.seed, file)
-        untrained = dataclasses.replace(untrained, spec=untrained.spec.at(size))
+        untrained = Backbone.of(untrained.spec.at(size), untrained.network)
         return _Network(untrained.spec, lambda: untrained)
     located = backbones.locate(name, file)
     for note in located.notes:
