@@ -249,8 +249,8 @@ class Training:
             for held, fresh in zip(self.average.buffers(), self.model.buffers(), strict=True):
                 held.copy_(fresh)
 
-    def _diverged(self, loss: float) -> TrainingError:
-        where = f"epoch {self.state.epoch + 1}, step {self.state.step + 1}"
+    def _diverged(self, loss: float, where: str = "") -> TrainingError:
+        where = where or f"epoch {self.state.epoch + 1}, step {self.state.step + 1}"
         rate = max(group["lr"] for group in self.optimizer.param_groups)
         remedy = f"Lower --learning-rate (here {rate:.3g}), or give --clip-norm 1."
         return TrainingError(where, f"the loss is {loss}: training has diverged", remedy)
@@ -277,7 +277,7 @@ class Training:
                 if above not in frozen:
                     model.get_submodule(above).training = True
         for module in model.backbone.modules() if frozen_norms else ():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if hasattr(module, "running_var"):
                 module.training = False
         if self.world.size == 1:
             return model
@@ -323,7 +323,7 @@ class Training:
         self.model.eval()
         figures = self.validate(judged.eval(), self._check)
         if not math.isfinite(figures["log_loss"]):
-            raise self._diverged(figures["log_loss"])
+            raise self._diverged(figures["log_loss"], f"epoch {state.epoch + 1}, on select")
         value = figures[self.settings.best_by]
         best = is_better(self.settings.best_by, value, state.best)
         if best:

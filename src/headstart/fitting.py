@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -292,10 +293,14 @@ def check_settings(bench: Bench, chosen: Plan) -> None:
         if not isinstance(phase, Train):
             continue
         settings = phase.settings
-        known = evaluation.score(zeros, dataset.samples, dataset.classes, dataset.task)
+        select = dataset.of_role("select")
+        known = evaluation.score(zeros[: len(select)], select, dataset.classes, dataset.task)
         if settings.best_by not in known:
             remedy = f"Give one of {', '.join(known)}."
             raise UsageError("best_by", f"{settings.best_by!r} is no figure of this task", remedy)
+        if math.isnan(known[settings.best_by]):
+            why = f"{settings.best_by!r} is not defined on the {len(select)} select pictures"
+            raise UsageError("best_by", why, "Give log_loss, or more pictures of each class.")
         augmentation.parse(settings.augment, settings.symmetry, preprocess.size)
         blocks = () if phase.on == "features" else bench.blocks
         adapted = bench.begin(phase, None)
@@ -316,7 +321,8 @@ def measure_layout(bench: Bench, chosen: Plan, config: RunConfig) -> Layout:
     if not bench.world.first:
         return phase.layout  # it is told
     spec = bench.backbone.spec
-    cache = None if config.train.cache == "none" else configs.cache_folder() / "layouts"
+    chosen_cache = config.train.cache
+    cache = configs.cache_folder() if chosen_cache == "auto" else Path(chosen_cache)
     return trials.find_layout(
         bench.begin(phase, None),
         bench.blocks,
@@ -325,7 +331,7 @@ def measure_layout(bench: Bench, chosen: Plan, config: RunConfig) -> Layout:
         bench.dataset.task,
         config.model.precision,
         f"{spec.library}/{spec.architecture}",
-        cache,
+        None if chosen_cache == "none" else cache / "layouts",
     )
 
 
@@ -390,7 +396,7 @@ def _find_rate(folder: RunFolder, bench: Bench, chosen: Plan, number: int, adapt
     assert isinstance(phase, Train)
     found = folder.read_json("learning_rate.json")
     if found is None:
-        settings = dataclasses.replace(phase.settings, learning_rate=1.0, schedule="constant", rates="")
+        settings = dataclasses.replace(phase.settings, learning_rate=1.0, least_rate=0.0, schedule="constant", rates="")
         trial = dataclasses.replace(phase, settings=settings)
         found = trials.find_rate(bench.start(trial, number, copy.deepcopy(adapted), None)).to_json()
         folder.write_json("learning_rate.json", found)

@@ -77,6 +77,9 @@ def find_layout(
         for layout in _candidates(device, precision):
             seconds[layout] = _time_steps(copy.deepcopy(model), blocks, settings, layout, preprocess, task)
     best = min(seconds, key=seconds.__getitem__)
+    if math.isinf(seconds[best]):
+        why = f"a training step runs in none of: {'; '.join(map(str, seconds))}"
+        raise TrainingError(name, why, "Give a smaller --batch-size, or another --precision or --device.")
     shown = "; ".join(f"{layout}: {batch / taken:.1f}" for layout, taken in seconds.items())
     log.info("training steps timed, pictures a second: %s", shown)
     if file is not None:
@@ -157,7 +160,7 @@ class RangeTest:
 def find_rate(training: Training) -> RangeTest:
     """The learning-rate range test (Smith, 2017): the rate rises by a factor each step until the loss explodes.
 
-    Suggested is a tenth of the rate at which the smoothed loss was least, but no more than where it falls steepest.
+    Suggested is a tenth of the rate at which the smoothed loss was least.
 
     Args:
         training: on a copy of the model; it is used up. Its highest rate must be 1, and its schedule constant.
