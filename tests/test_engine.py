@@ -754,8 +754,8 @@ def keeps_the_heap(libc, count=200, size=100 * 1024):
 @pytest.mark.parametrize("failing", [False, True])
 def test_memory_is_kept_for_the_next_step_and_given_back_at_the_end(failing):
     # In a process of its own: what other tests left on the heap decides whether its end can be given back.
-    code = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); import test_engine as t; t.check_memory({failing})"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    code = f"import test_engine; test_engine.check_memory({failing})"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=os.path.dirname(__file__))
 
 
 def check_memory(failing):
