@@ -16,16 +16,14 @@ import statistics
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import timm
 import torch
 from torch import nn, optim
-from torchvision import datasets, transforms
 
-from common import headstart, run
+from common import headstart, run, tutorial_loaders
 from headstart import backbones
 
 EPOCHS = 25
@@ -73,20 +71,8 @@ def tutorial(data: Path, epochs: int) -> Iterator[dict[str, float]]:
     Only the network is headstart's, with its mean and standard deviation. As there, the frozen body stays in train mode
     while training: its batch norms drift.
     """
-    warnings.filterwarnings("ignore", "This DataLoader will create")  # 4 workers, as there
     torch.manual_seed(0)
-    normalise = [transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)]
-    recipes = {
-        "train": [transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip(), *normalise],
-        "val": [transforms.Resize(256), transforms.CenterCrop(224), *normalise],
-    }
-    folders = {
-        phase: datasets.ImageFolder(str(data / phase), transforms.Compose(steps)) for phase, steps in recipes.items()
-    }
-    loaders = {
-        phase: torch.utils.data.DataLoader(folders[phase], batch_size=4, shuffle=True, num_workers=4)
-        for phase in recipes
-    }
+    loaders = tutorial_loaders(data, 4)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     body = timm.create_model("tf_efficientnet_lite0", num_classes=0)
     body.load_state_dict(backbones.load(backbones.locate("efficientnet_lite0")).state_dict())
@@ -118,11 +104,11 @@ def tutorial(data: Path, epochs: int) -> Iterator[dict[str, float]]:
                     correct += torch.sum(predicted == labels).item()
                 if phase == "train":
                     scheduler.step()
-            accuracy = correct / len(folders["val"])
+            accuracy = correct / len(loaders["val"].dataset)
             if accuracy > best:
                 best = accuracy
                 torch.save(model.state_dict(), Path(folder, "best.pt"))
-            yield {"seconds": time.perf_counter() - start, "accuracy": accuracy, "n": len(folders["val"])}
+            yield {"seconds": time.perf_counter() - start, "accuracy": accuracy, "n": len(loaders["val"].dataset)}
 
 
 def train(out: Path) -> dict[str, float | dict]:

@@ -19,8 +19,9 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from pathlib import Path
+
+from common import tutorial_loaders
 
 ROOT = Path(os.environ.get("HEADSTART_TEST_DATA") or Path(__file__).resolve().parents[2] / "shared/data")
 NETWORKS = ("efficientnet_lite0", "resnet18")
@@ -87,20 +88,10 @@ def tutorial(data: Path, network: str, batch: int) -> list[float]:
     """PyTorch's transfer learning tutorial (Chilamkurthy), fine-tuning: its loop, transforms, optimiser and workers."""
     import torch
     from torch import nn, optim
-    from torchvision import datasets, transforms
 
-    warnings.filterwarnings("ignore", "This DataLoader will create")
     torch.manual_seed(0)
-    normalise = [transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)]
-    recipes = {
-        "train": [transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip(), *normalise],
-        "val": [transforms.Resize(256), transforms.CenterCrop(224), *normalise],
-    }
-    sets = {part: datasets.ImageFolder(data / part, transforms.Compose(recipes[part])) for part in recipes}
-    loaders = {
-        part: torch.utils.data.DataLoader(sets[part], batch_size=batch, shuffle=True, num_workers=4) for part in sets
-    }
-    model = build(network, len(sets["train"].classes))
+    loaders = tutorial_loaders(data, batch)
+    model = build(network, len(loaders["train"].dataset.classes))
     criterion, optimizer = nn.CrossEntropyLoss(), optim.SGD(model.parameters(), lr=0.001, momentum=0.9)
     scheduler = optim.lr_scheduler.StepLR(optimizer, step_size=7, gamma=0.1)
     seconds = []

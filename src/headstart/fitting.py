@@ -8,7 +8,6 @@ import functools
 import hashlib
 import logging
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -40,7 +39,7 @@ from headstart.data import Dataset, Sample
 from headstart.engine import Adapted, Training
 from headstart.errors import UsageError
 from headstart.heads import FittedHead
-from headstart.history import open_history
+from headstart.history import open_history, summarise
 from headstart.images import Limits
 from headstart.loading import Album
 from headstart.material import Material
@@ -361,7 +360,6 @@ def train_phases(folder: RunFolder, chosen: Plan, bench: Bench, head: FittedHead
         done = checkpoint.facts["phase"], checkpoint.facts["state"]["epoch"], checkpoint.facts["state"]["step"]
         log.info("going on after epoch %d, step %d", max(0, done[1]), done[2])
     adapted: Adapted | None = None
-    facts = []
     with open_history(folder, done, chosen) as history:
         for number in numbers[max(0, numbers.index(done[0]) if checkpoint is not None else 0) :]:
             phase = chosen.phases[number]
@@ -372,22 +370,12 @@ def train_phases(folder: RunFolder, chosen: Plan, bench: Bench, head: FittedHead
                 phase = chosen.phases[number]
                 assert isinstance(phase, Train)
             training = bench.start(phase, number, adapted, folder.path)
-            started = time.perf_counter()
             for record in track(training.run(), training.count_left()):
                 history.add(record)
-            state = training.state
-            facts.append(
-                {
-                    "best_epoch": state.best_epoch,
-                    "epochs": state.epoch,
-                    phase.settings.best_by: state.best,
-                    "trainable": training.trainable,
-                    "parameters": sum(p.numel() for p in adapted.parameters()),
-                    "seconds": round(time.perf_counter() - started, 1),
-                }
-            )
     assert adapted is not None
-    return Trained(adapted, chosen, facts)
+    parameters = sum(parameter.numel() for parameter in adapted.parameters())
+    # From the history: what was trained before a kill counts too.
+    return Trained(adapted, chosen, [{**facts, "parameters": parameters} for facts in summarise(folder.path)])
 
 
 def _find_rate(folder: RunFolder, bench: Bench, chosen: Plan, number: int, adapted: Adapted) -> Plan:

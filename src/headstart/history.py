@@ -100,6 +100,25 @@ def read(file: Path) -> list[Row]:
     return rows
 
 
+def summarise(folder: Path) -> list[Row]:
+    """What each phase of a run came to: its best epoch and the figures there, its epochs, parameters and seconds."""
+    epochs = [row for row in read(folder / NAME) if "step" not in row]
+    phases = [[row for row in epochs if row["phase"] == phase] for phase in sorted({row["phase"] for row in epochs})]
+    summaries = []
+    for rows in phases:
+        best = next((row for row in reversed(rows) if row["best"]), rows[0])
+        summaries.append(
+            {
+                "best_epoch": best["epoch"],
+                "select": best["select"],
+                "epochs": rows[-1]["epoch"],
+                "trainable": rows[-1]["trainable"],
+                "seconds": round(sum(row["seconds"] for row in rows), 1),
+            }
+        )
+    return summaries
+
+
 def _position(row: Row) -> tuple[int, int, int]:
     """Where a row stands, to be compared with (phase, finished epochs, steps of the next one)."""
     if "step" in row:

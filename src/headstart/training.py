@@ -140,7 +140,7 @@ def _conduct(
     clock.mark("intervals")
     seconds = {**clock.seconds, **view.survey.seconds}
     run = Run(folder.path, classifier, result, len(report) - len(clean), unleaked, audit, chosen, seconds)
-    if world.first:
+    if folder.writes:
         _write(folder, run, network.spec, view)
     return run
 
@@ -302,7 +302,9 @@ def _deal(given: Dataset, survey: Survey, config: RunConfig) -> tuple[Audit, Dat
         if not dataset.of_role("select"):
             why = "has too few pictures to keep any to choose by"
             raise DataError(given.root, why, "Add pictures, or give --strategy probe.")
-    trained = count_classes(sample for sample in dataset.samples if sample.role != "report")
+    # What weights are chosen by is not learned from; heads alone are fitted on it too.
+    idle = ("report", "select") if plan.trains(config) else ("report",)
+    trained = count_classes(sample for sample in dataset.samples if sample.role not in idle)
     for label in dataset.classes:
         if not trained[label]:
             why = f"has no picture of class {label!r} left for training"
