@@ -25,10 +25,12 @@ format: $(TOOLS)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# The measurements of the README: minutes to an hour, one after the other.
+# The measurements of the README: minutes to two hours, one after the other.
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/ants_bees.py
 	$(BIN)/python benchmarks/sets.py
+	$(BIN)/python benchmarks/strategies.py
+	$(BIN)/python benchmarks/train.py
 	$(BIN)/python benchmarks/throughput.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/start.py
