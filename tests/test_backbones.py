@@ -107,6 +107,7 @@ def test_packaged_weights_are_those_of_timms_network_under_other_names(name):
 
 @pytest.mark.usefixtures("offline")
 def test_the_default_is_lite0_with_its_own_statistics_and_needs_no_network():
+    # The mistake: another data set's statistics with ImageNet weights.
     located = locate("auto")
     assert located.spec.name == "efficientnet_lite0" and located.packaged and located.notes == ()
     assert located.spec.preprocess == Preprocess(224, 0.875, "crop", "bicubic", (0.5,) * 3, (0.5,) * 3)

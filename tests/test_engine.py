@@ -318,6 +318,7 @@ def test_weights_of_classes_count_in_the_loss_and_its_mean():
 
 
 def test_accuracy_is_the_share_of_an_epochs_pictures_that_were_right_when_they_were_shown():
+    # The mistake: topk(1) compared with the targets, which broadcasts to all pairs of pictures.
     material = make_material(9)
     reference = build()
     steps, epochs = steps_and_epochs(start(build(), decide(epochs=1), material).run())

@@ -300,6 +300,7 @@ def test_several_labels_are_trained_and_measured(make_bench, tagged):
 
 
 def test_features_are_those_of_the_plain_network_in_order(bench):
+    # The mistake: validation shuffled, so that predictions cannot be matched to files.
     samples = bench.dataset.samples[::-1]
     found = fitting.embed(bench.backbone, bench.album(samples), DEVICE, "float32")
     expected = bench.rows(samples)

@@ -3,6 +3,7 @@ import json
 import shutil
 
 import pytest
+import torch
 
 import headstart
 from headstart import features, heads, training
@@ -164,6 +165,26 @@ def test_several_labels_are_not_measured_with_a_classifier_of_one(train, shapes,
     table = write_table(tmp_path / "t.csv", [(str(shapes / "circle/0.png"), "circle|square")], ("image", "labels"))
     with pytest.raises(DataError, match="has 2 labels, and the classifier gives one"):
         headstart.evaluate(run.path, table)
+
+
+def test_what_the_report_shows_has_no_part_in_training_and_choosing(train, shapes, tmp_path):
+    # The mistake: the best epoch on val reported as the result. Other report pictures, and the model is the same.
+    models = []
+    for number, report in enumerate(("circle", "square")):
+        rows = []
+        for path in sorted(shapes.rglob("*.png")):
+            place = int(path.stem)
+            if place < 10:
+                rows.append((str(path), path.parent.name, "train" if place < 8 else "val"))
+            elif path.parent.name == report:
+                rows.append((str(path), path.parent.name, "test"))
+        table = write_table(tmp_path / f"{number}.csv", rows, ("image", "label", "split"))
+        run = train(table, str(number), strategy="finetune", epochs=2, precision="float32")
+        assert run.evaluation.metrics["accuracy"].n == 2
+        models.append(run.classifier)
+    first, second = (classifier.backbone.state_dict() for classifier in models)
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    assert models[0].temperature == models[1].temperature
 
 
 def test_several_labels_a_picture(train, shapes, tmp_path):

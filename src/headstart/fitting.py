@@ -172,10 +172,18 @@ class Bench:
         targets = evaluation.encode(samples, self.dataset.classes)
         return Material(lambda draw, _: matrix[draw.sample], lambda rows: rows, targets, self.dataset.task)
 
+    @functools.cached_property
+    def _albums(self) -> dict[tuple[Sample, ...], Album]:
+        return {}
+
     def album(self, samples: Sequence[Sample]) -> Album:
-        """Pictures to be opened again and again."""
-        paths = [self.dataset.path(sample.source) for sample in samples]
-        return Album(paths, self.backbone.spec.preprocess, self.limits, self.room_bytes // 2)
+        """Pictures to be opened again and again, the same for all phases; those of the report are not kept."""
+        key = tuple(samples)
+        if key not in self._albums:
+            room = self.room_bytes // 2 if any(sample.role != "report" for sample in key) else 0
+            paths = [self.dataset.path(sample.source) for sample in key]
+            self._albums[key] = Album(paths, self.backbone.spec.preprocess, self.limits, room)
+        return self._albums[key]
 
     def _judge_pictures(self, samples: Sequence[Sample]) -> Callable[[Adapted, Callable[[], None]], dict[str, float]]:
         album = self.album(samples)
