@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -32,6 +33,14 @@ def draw_shape(kind: str, seed: int, size: tuple[int, int] = (80, 64)) -> Image.
     else:
         pen.polygon([(box[0], box[3]), (box[2], box[3]), ((box[0] + box[2]) // 2, box[1])], fill=colour)
     return picture
+
+
+@pytest.fixture
+def heed_interrupts() -> Iterator[None]:
+    """Processes that a test starts heed SIGINT, also where the tests run in the background and it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

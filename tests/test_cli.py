@@ -174,6 +174,7 @@ def test_a_summary_says_figure_interval_and_what_next(capsys, tmp_path, shapes, 
 
 
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.usefixtures("heed_interrupts")
 def test_an_interrupted_run_goes_on_with_the_same_command(sent, status, tmp_path, make_shapes, tiny_weights):
     pictures = make_shapes(tmp_path / "pictures", 150)
     words = [sys.executable, "-m", "headstart", "train", str(pictures), "--out", str(tmp_path / "run")]

@@ -90,6 +90,7 @@ def test_a_run_that_was_killed_within_an_epoch_ends_with_the_same_bits(command, 
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.usefixtures("heed_interrupts")
 def test_a_signal_saves_and_prints_the_command_that_goes_on(command, tmp_path, number, status):
     words = command("run", "--epochs", "1000")
     process = start(words)
