@@ -20,6 +20,7 @@ import numpy as np
 from common import write_pictures
 from headstart import backbones, embedders, features, loading
 from headstart.images import open_image
+from headstart.zoo import Spec
 
 AIM = 0.70
 
@@ -79,9 +80,7 @@ def time_forward(embedder: embedders.Embedder, pixels: np.ndarray, count: int) -
         return batches * size / (time.perf_counter() - begin)
 
 
-def time_extract(
-    paths: list[Path], spec: backbones.Spec, embedder: embedders.Embedder, form: str, cache: Path
-) -> list[float]:
+def time_extract(paths: list[Path], spec: Spec, embedder: embedders.Embedder, form: str, cache: Path) -> list[float]:
     """When `features.extract` delivered each picture."""
     times: list[float] = []
 

@@ -17,11 +17,10 @@ import torch
 from torch import nn
 from torchvision import models
 
-from headstart import backbones, weights
+from headstart import backbones, weights, zoo
 from headstart.backbones import (
     Backbone,
     Located,
-    Spec,
     imagenet_head,
     list_models,
     load,
@@ -30,9 +29,10 @@ from headstart.backbones import (
 from headstart.embedders import fold_batch_norms, prepare, resolve_device, resolve_precision
 from headstart.errors import BackboneError, HeadstartError, UsageError, WeightsError
 from headstart.images import Preprocess, open_image
+from headstart.zoo import Spec
 
 CPU = torch.device("cpu")
-INSTALLED = [name for name, known in backbones.PACKAGED.items() if importlib.util.find_spec(known.module)]
+INSTALLED = [name for name, known in zoo.PACKAGED.items() if importlib.util.find_spec(known.module)]
 
 
 @pytest.fixture
@@ -484,7 +484,7 @@ def shapes_of(network: nn.Module) -> dict[str, torch.Tensor]:
 
 def fitted(monkeypatch, name: str, state: dict[str, torch.Tensor]) -> nn.Module:
     monkeypatch.setattr(weights, "read", lambda file: state)
-    spec, _ = backbones._describe(name)
+    spec, _ = zoo.describe(name)
     return load(Located(spec, Path("net.pth"))).network
 
 
@@ -510,7 +510,7 @@ def test_weights_for_larger_pictures_give_a_network_for_them(monkeypatch):
     with torch.device("meta"):
         published = models.vit_b_16(image_size=384)
     network = fitted(monkeypatch, name, shapes_of(published))
-    assert backbones._describe(name)[0].preprocess.size == network.image_size == 384
+    assert zoo.describe(name)[0].preprocess.size == network.image_size == 384
 
 
 # The fastest exact form
@@ -659,6 +659,32 @@ def test_a_network_that_bfloat16_would_change_runs_in_float32_and_that_is_said(c
     np.testing.assert_allclose(embed(pixels), expected, rtol=1e-4, atol=1e-5)
 
 
+class Overflowing(nn.Module):
+    """A network whose features are too large for float16, and then are scaled back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return 1e6 * self.conv(pixels).mean((2, 3)) / 1e6
+
+
+@pytest.mark.parametrize("precision, used", [("float16", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_a_network_that_overflows_in_a_number_format_runs_in_float32(caplog, precision, used):
+    caplog.set_level("INFO")
+    torch.manual_seed(0)
+    backbone, pixels = wrapped(Overflowing(), 16), pictures(16)
+    embed = prepare(backbone, CPU, precision)
+    assert embed.dtype == used
+    assert any("float32 is used" in record.message for record in caplog.records) == (used == torch.float32)
+    with torch.inference_mode():
+        expected = backbone.network(backbone.spec.preprocess.normalise(torch.from_numpy(pixels))).numpy()
+    found = embed(pixels)
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(found, expected, atol=0.02 * np.abs(expected).max())
+
+
 # Devices and number formats
 
 
@@ -784,7 +810,7 @@ def test_of_a_weights_file_only_the_description_is_used(tiny_weights):
 
 def test_an_untrained_network_runs_in_its_fastest_form_as_any_other_does():
     made = backbones.untrained("timm/test_efficientnet", 0)
-    backbone = Backbone.of(made.spec.at(64), made.network)
+    backbone = Backbone.of(made.spec.adapted(64), made.network)
     pixels = pictures(64)
     with torch.inference_mode():
         plain = backbone.network(backbone.spec.preprocess.normalise(torch.from_numpy(pixels))).numpy()
@@ -806,15 +832,15 @@ def test_an_untrained_packaged_network_needs_no_package(monkeypatch):
 @pytest.mark.parametrize("size", [32, 64, 320])
 def test_a_network_at_another_size_is_the_same_but_for_what_it_sees(size):
     spec = locate("auto").spec
-    found = spec.at(size)
+    found = spec.adapted(size)
     assert found.preprocess.size == size
     assert found == replace(spec, preprocess=replace(spec.preprocess, size=size))
     assert spec.preprocess.size == 224  # the one asked is left as it was
     assert Spec.from_json(json.loads(json.dumps(found.to_json()))) == found
-    assert found.at(224) == spec
+    assert found.adapted(224) == spec
 
 
 def test_a_network_at_the_size_nought_is_at_its_own():
     spec = locate("auto").spec
-    assert spec.at(0) is spec
-    assert spec.at(96).at(0).preprocess.size == 96
+    assert spec.adapted() == spec
+    assert spec.adapted(96).adapted(0).preprocess.size == 96

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 
 from conftest import draw_shape
 from headstart import features
-from headstart.backbones import Spec
 from headstart.errors import RunError
 from headstart.features import FACTS_KEY, DamagedShard, Store, extract, key_of, open_cache, survey, tidy
 from headstart.images import Preprocess, describe, open_image
+from headstart.zoo import Spec
 
 SPEC = Spec("net", "timm", "net", {}, Preprocess(size=16, crop=1.0), "somewhere", "d" * 64)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torchvision import transforms
@@ -402,6 +402,31 @@ def test_squashing_shows_the_whole_picture_without_its_shape():
     image.paste("blue", (100, 0, 200, 100))
     found = Preprocess(size=40, fit="squash").apply(image)
     assert (found[:, :18] == (255, 0, 0)).all() and (found[:, 22:] == (0, 0, 255)).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 60))
+@example(33, 64, 32)
+@example(31, 90, 32)
+@example(5, 7, 32)
+@example(32, 32, 32)
+def test_the_centre_at_the_pictures_own_scale_is_torchvisions_centre_crop_on_black(width, height, size):
+    noise = np.random.default_rng([width, height]).integers(1, 256, (height, width, 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    found = Preprocess(size=size, crop=0.5, fit="center").apply(image)
+    assert found.shape == (size, size, 3) and found.dtype == np.uint8
+    np.testing.assert_array_equal(found, np.asarray(transforms.CenterCrop(size)(image)))
+    assert (found == 0).all(2).sum() == size * size - min(size, width) * min(size, height)
+
+
+def test_the_centre_of_a_large_picture_cuts_off_what_a_resize_would_show():
+    # The mistake: a centre crop without a resize, which cuts the animal off. It is to be had, and never the default.
+    image = Image.new("RGB", (400, 300), "green")
+    image.paste("red", (180, 130, 220, 170))
+    assert (Preprocess(size=40, fit="center").apply(image) == (255, 0, 0)).all()
+    whole = Preprocess(size=40, crop=1.0).apply(image)
+    assert {tuple(whole[0, 0]), tuple(whole[20, 20])} == {(0, 128, 0), (255, 0, 0)}
+    assert Preprocess().fit == "crop"
 
 
 @pytest.mark.parametrize("fit", ["crop", "pad", "squash"])

@@ -4,10 +4,10 @@ import sys
 import pytest
 import torch
 
-from headstart import backbones, lite
+from headstart import backbones, lite, zoo
 
 
-@pytest.mark.parametrize("name", backbones.PACKAGED)
+@pytest.mark.parametrize("name", zoo.PACKAGED)
 @pytest.mark.parametrize("size", [224, 97])
 def test_the_network_is_timms_bit_for_bit(name, size):
     timm = pytest.importorskip("timm")

@@ -72,7 +72,9 @@ def test_nll_takes_logits_and_is_torchs_nll_of_their_log_softmax(weights):
 def test_binary_cross_entropy_takes_logits_and_is_torchs_mean_over_classes(name, targets):
     logits, _ = draw(1)
     for weights in (None, WEIGHTS):
-        expected = functional.binary_cross_entropy_with_logits(logits, targets, weights, reduction="none").mean(1)
+        expected = functional.binary_cross_entropy_with_logits(
+            logits, targets, pos_weight=weights, reduction="none"
+        ).mean(1)
         torch.testing.assert_close(losses.make_loss(name, True, weights)(logits, targets), expected)
     logits, targets = logits.double(), targets.double()
     expected = functional.binary_cross_entropy(logits.sigmoid(), targets, reduction="none").mean(1)
@@ -86,8 +88,25 @@ def test_focal_loss_of_several_labels_is_torchvisions_without_its_alpha(gamma, t
     terms = sigmoid_focal_loss(logits, targets, alpha=-1, gamma=gamma)
     focal = losses.make_loss("focal", True, gamma=gamma)
     torch.testing.assert_close(focal(logits, targets), terms.mean(1))
-    weighted = losses.make_loss("focal", True, WEIGHTS, gamma)
-    torch.testing.assert_close(weighted(logits, targets), (terms * WEIGHTS).mean(1))
+    if set(targets.unique().tolist()) == {0, 1}:
+        weighted = losses.make_loss("focal", True, WEIGHTS, gamma)
+        torch.testing.assert_close(weighted(logits, targets), torch.where(targets > 0, terms * WEIGHTS, terms).mean(1))
+
+
+@pytest.mark.parametrize("gamma", [0.0, 2.0])
+@pytest.mark.parametrize("name", ["bce", "bce-with-logits", "focal"])
+def test_weights_of_several_labels_are_those_of_positives_and_leave_negatives_alone(name, gamma):
+    logits, targets = draw(2)[0], draw_labels(2)
+    for label in range(5):
+        weights = torch.ones(5)
+        weights[label] = 7.0
+        plain, weighted = (losses.make_loss(name, True, w, gamma)(logits, targets) for w in (None, weights))
+        has = targets[:, label] > 0
+        assert has.any() and not has.all()
+        assert torch.equal(plain[~has], weighted[~has])
+        own = logits[:, label].sigmoid()
+        term = -((1 - own) ** (gamma if name == "focal" else 0.0)) * own.log()
+        torch.testing.assert_close(weighted[has], (plain + 6.0 * term / 5)[has])
 
 
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0, 5.0])

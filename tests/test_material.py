@@ -44,8 +44,12 @@ def of_targets(targets, task="single", show=paint) -> Material:
 
 
 def whole_window(material, configured, step=0, seed=0, epoch=0, world=World()):
-    draws = draw_windows(material, configured, seed, epoch)[step]
-    return make_window(material, configured, seed, epoch, step, draws, world)
+    return make_window(material, configured, seed, epoch, step, draw_windows(material, configured, seed, epoch), world)
+
+
+def draws_of(count: int) -> list[Draw]:
+    """An epoch's pictures in the order of their numbers, where all are in one step."""
+    return [Draw(sample) for sample in range(count)]
 
 
 def rows_of(batches, name):
@@ -89,8 +93,9 @@ def test_labels_are_class_numbers_or_the_targets_of_several_labels():
 def test_a_window_holds_its_pictures_in_order_in_batches_of_the_right_size(count, size, accumulate, seed):
     configured = EngineConfig(batch_size=size, accumulate=accumulate)
     material = own_class(count)
-    for step, draws in enumerate(draw_windows(material, configured, seed, 3)):
-        window = make_window(material, configured, seed, 3, step, draws)
+    windows = draw_windows(material, configured, seed, 3)
+    for step, draws in enumerate(windows):
+        window = make_window(material, configured, seed, 3, step, windows)
         samples = [draw.sample for draw in draws]
         assert window.count == len(draws)
         assert [len(batch.pixels) for batch in window.batches][:-1] == [size] * (len(window.batches) - 1)
@@ -109,9 +114,9 @@ def test_pictures_are_shown_for_their_epoch_and_turn():
 
     material = of_targets([[1, 0]] * 6 + [[0, 1]], show=show)
     configured = EngineConfig(batch_size=64, sampling="over")
-    draws = draw_windows(material, configured, 0, 5)[0]
-    make_window(material, configured, 0, 5, 0, draws)
-    assert asked == [(draw, 5) for draw in draws]
+    windows = draw_windows(material, configured, 0, 5)
+    make_window(material, configured, 0, 5, 0, windows)
+    assert asked == [(draw, 5) for draw in windows[0]]
     assert max(draw.turn for draw, _ in asked) == 5
 
 
@@ -147,10 +152,12 @@ def test_the_shares_of_several_processes_are_together_one_processs_window(
 ):
     material = own_class(count)
     configured = dataclasses.replace(mixing, batch_size=size, accumulate=accumulate, label_smoothing=0.1)
-    for step, draws in enumerate(draw_windows(material, configured, seed, 0)):
-        alone = make_window(material, configured, seed, 0, step, draws)
+    windows = draw_windows(material, configured, seed, 0)
+    for step in range(len(windows)):
+        alone = make_window(material, configured, seed, 0, step, windows)
         shares = [
-            make_window(material, configured, seed, 0, step, draws, World(rank, processes)) for rank in range(processes)
+            make_window(material, configured, seed, 0, step, windows, World(rank, processes))
+            for rank in range(processes)
         ]
         for share in shares:  # all must take part in every pass, and divide by the same number
             assert share.count == alone.count
@@ -166,8 +173,8 @@ def test_the_shares_of_several_processes_are_together_one_processs_window(
 
 
 def test_a_process_without_a_picture_of_a_short_batch_shows_one_that_does_not_count():
-    material, draws = own_class(5), [Draw(sample) for sample in range(5)]
-    shares = [make_window(material, PLAIN, 0, 0, 0, draws, World(rank, 2)) for rank in range(2)]
+    material = own_class(5)
+    shares = [make_window(material, PLAIN, 0, 0, 0, [draws_of(5)], World(rank, 2)) for rank in range(2)]
     assert [batch.weights.tolist() for batch in shares[0].batches] == [[1, 1], [1]]
     assert [batch.weights.tolist() for batch in shares[1].batches] == [[1, 1], [0]]
     padding = shares[1].batches[1]
@@ -183,8 +190,8 @@ NORMS = [dataclasses.replace(PLAIN, batch_norm="train"), dataclasses.replace(PLA
 def test_where_batch_norms_are_trained_no_pass_sees_a_lone_picture_and_what_is_added_does_not_count(
     configured, count, processes
 ):
-    material, draws = own_class(count), [Draw(sample) for sample in range(count)]
-    shares = [make_window(material, configured, 0, 0, 0, draws, World(rank, processes)) for rank in range(processes)]
+    material, windows = own_class(count), [draws_of(count)]
+    shares = [make_window(material, configured, 0, 0, 0, windows, World(rank, processes)) for rank in range(processes)]
     batches = [batch for share in shares for batch in share.batches]
     assert all(len(batch.pixels) == len(batch.targets) == len(batch.weights) >= 2 for batch in batches)
     assert sorted(rows_of(batches, "truth").argmax(1).tolist()) == list(range(count))
@@ -193,19 +200,57 @@ def test_where_batch_norms_are_trained_no_pass_sees_a_lone_picture_and_what_is_a
 
 @pytest.mark.parametrize("configured", NORMS)
 def test_the_company_of_a_lone_picture_is_another_one(configured):
-    material, draws = own_class(5), [Draw(sample) for sample in range(5)]
-    last = make_window(material, configured, 0, 0, 0, draws).batches[-1]
+    last = make_window(own_class(5), configured, 0, 0, 0, [draws_of(5)]).batches[-1]
     assert len(set(last.truth.argmax(1).tolist())) == 2
+
+
+@bounded
+@given(counts, st.integers(1, 9), st.integers(1, 3), st.integers(1, 5), st.sampled_from([PLAIN, *NORMS]), seeds)
+@example(9, 4, 1, 1, NORMS[0], 0)  # the last step has one picture: its company comes from the step before
+@example(9, 4, 2, 1, NORMS[1], 0)
+@example(3, 1, 1, 1, NORMS[0], 0)  # and so has every step, the first too
+@example(5, 4, 1, 3, NORMS[0], 0)
+def test_company_is_never_one_of_the_processs_own_pictures_where_there_is_another(
+    count, size, accumulate, processes, norms, seed
+):
+    material = own_class(count)
+    configured = dataclasses.replace(norms, batch_size=size, accumulate=accumulate)
+    windows = draw_windows(material, configured, seed, 0)
+    for step in range(len(windows)):
+        for rank in range(processes):
+            for batch in make_window(material, configured, seed, 0, step, windows, World(rank, processes)).batches:
+                counts_in, shown = batch.weights > 0, batch.truth.argmax(1)
+                own, company = set(shown[counts_in].tolist()), shown[~counts_in].tolist()
+                assert not own & set(company) or count == len(own)
+                assert len(company) == max(0, (1 if norms is PLAIN else 2) - len(own))
+
+
+@pytest.mark.parametrize("configured", NORMS)
+def test_the_company_of_a_lone_last_picture_is_of_the_step_before(configured):
+    windows = [draws_of(8)[:4], draws_of(8)[4:], [Draw(8)]]
+    (batch,) = make_window(own_class(9), configured, 0, 0, 2, windows).batches
+    assert batch.weights.tolist() == [1, 0]
+    assert batch.truth.argmax(1).tolist()[1] in (4, 5, 6, 7)
+
+
+def test_pictures_that_are_drawn_again_are_no_company_for_themselves():
+    windows = [[Draw(0), Draw(0, 1), Draw(1), Draw(0, 2)], [Draw(0, 3)]]
+    (batch,) = make_window(own_class(2), NORMS[0], 0, 0, 1, windows).batches
+    assert batch.truth.argmax(1).tolist() == [0, 1] and batch.weights.tolist() == [1, 0]
+
+
+def test_where_there_is_one_picture_alone_it_keeps_itself_company():
+    (batch,) = make_window(own_class(1), NORMS[0], 0, 0, 0, [draws_of(1)]).batches
+    assert batch.truth.argmax(1).tolist() == [0, 0] and batch.weights.tolist() == [1, 0]
 
 
 def test_losses_weighted_and_divided_by_the_count_are_the_mean_over_pictures():
     # The mistake: means of batch means, in which the pictures of a short batch weigh more.
     material = own_class(11)
-    draws = [Draw(sample) for sample in range(11)]
     for processes in (1, 2, 3):
         total = 0.0
         for rank in range(processes):
-            window = make_window(material, PLAIN, 0, 0, 0, draws, World(rank, processes))
+            window = make_window(material, PLAIN, 0, 0, 0, [draws_of(11)], World(rank, processes))
             for batch in window.batches:
                 losses = torch.from_numpy(batch.pixels[:, 0, 0, 0])  # a loss for each picture: its number
                 total += float((losses * batch.weights).sum()) / window.count
@@ -219,8 +264,9 @@ def test_losses_weighted_and_divided_by_the_count_are_the_mean_over_pictures():
 @given(st.integers(2, 24), st.sampled_from([MIXED, CUT]), seeds, st.integers(0, 9))
 def test_targets_are_mixed_as_the_pixels_are(count, mixing, seed, epoch):
     material, values = own_class(count), np.arange(count)
-    for step, draws in enumerate(draw_windows(material, mixing, seed, epoch)):
-        window = make_window(material, mixing, seed, epoch, step, draws)
+    windows = draw_windows(material, mixing, seed, epoch)
+    for step, draws in enumerate(windows):
+        window = make_window(material, mixing, seed, epoch, step, windows)
         targets, pixels = rows_of(window.batches, "targets"), rows_of(window.batches, "pixels")
         np.testing.assert_allclose(targets.sum(1), 1, rtol=1e-6)
         np.testing.assert_allclose(targets @ values, pixels.mean((1, 2, 3)), rtol=1e-4, atol=1e-4)
@@ -265,21 +311,19 @@ def test_cutmix_puts_a_box_of_the_partner_into_a_picture():
 
 
 def test_a_step_mixes_otherwise_in_the_next_epoch_and_the_same_again():
-    material = own_class(8)
-    draws = [Draw(sample) for sample in range(8)]
-    first = make_window(material, MIXED, 0, 0, 0, draws)
-    again = make_window(material, MIXED, 0, 0, 0, draws)
+    material, windows = own_class(8), [draws_of(8)] * 2
+    first = make_window(material, MIXED, 0, 0, 0, windows)
+    again = make_window(material, MIXED, 0, 0, 0, windows)
     np.testing.assert_array_equal(rows_of(first.batches, "targets"), rows_of(again.batches, "targets"))
     for place in ((1, 0, 0), (0, 1, 0), (0, 0, 1)):
-        other = make_window(material, MIXED, *place, draws)
+        other = make_window(material, MIXED, *place, windows)
         assert (rows_of(other.batches, "targets") != rows_of(first.batches, "targets")).any()
 
 
 def test_several_labels_are_mixed_in_shares():
     targets = [[1, 1, 0], [0, 1, 1], [0, 0, 0], [1, 0, 0]]
     material = of_targets(targets, "multi")
-    draws = [Draw(sample) for sample in range(4)]
-    (batch,) = make_window(material, MIXED, 0, 0, 0, draws).batches
+    (batch,) = make_window(material, MIXED, 0, 0, 0, [draws_of(4)]).batches
     partners, mixes = sampling.draw_mixes(4, 0.8, 0.0, 0, 0, 0)
     for row, (partner, one) in enumerate(zip(partners, mixes)):
         expected = one.share * np.array(targets[row]) + (1 - one.share) * np.array(targets[partner])
@@ -293,7 +337,7 @@ def test_partners_are_shown_as_their_own_epoch_and_turn_show_them():
 
     material = of_targets(np.eye(3), show=show)
     draws = [Draw(0), Draw(0, 1), Draw(1), Draw(2)]
-    (batch,) = make_window(material, MIXED, 0, 2, 0, draws).batches
+    (batch,) = make_window(material, MIXED, 0, 2, 0, [draws]).batches
     partners, mixes = sampling.draw_mixes(4, 0.8, 0.0, 0, 2, 0)
     values = np.array([200, 210, 201, 202])
     expected = [one.share * values[row] + (1 - one.share) * values[partners[row]] for row, one in enumerate(mixes)]
@@ -329,10 +373,9 @@ def test_smoothing_comes_after_mixing():
 def test_features_are_batched_and_blended_like_pictures():
     matrix = np.random.default_rng(0).normal(size=(10, 5)).astype(np.float32)
     material = of_targets(np.eye(10), show=lambda draw, _: matrix[draw.sample])
-    draws = [Draw(sample) for sample in range(10)]
-    plain = make_window(material, PLAIN, 0, 0, 0, draws)
+    plain = make_window(material, PLAIN, 0, 0, 0, [draws_of(10)])
     np.testing.assert_array_equal(rows_of(plain.batches, "pixels"), matrix)
-    blended = make_window(material, MIXED, 0, 0, 0, draws)
+    blended = make_window(material, MIXED, 0, 0, 0, [draws_of(10)])
     targets = rows_of(blended.batches, "targets")
     np.testing.assert_allclose(rows_of(blended.batches, "pixels"), targets @ matrix, rtol=1e-4, atol=1e-5)
 

@@ -6,7 +6,7 @@ import warnings
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from sklearn import metrics as reference
@@ -264,6 +264,109 @@ def test_wilson_is_scipys_and_holds_its_own_value(counts):
     expected = stats.binomtest(successes, n).proportion_ci(0.95, "wilson")
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-9)
     assert 0 <= found.low <= found.value <= found.high <= 1
+
+
+# Two on the same pictures
+
+
+def pairs(both, only_first, only_second, neither):
+    """Whether each of two is right, on so many pictures of each kind, mixed up."""
+    kinds = np.repeat([(1, 1), (1, 0), (0, 1), (0, 0)], (both, only_first, only_second, neither), axis=0)
+    first, second = np.random.default_rng(0).permutation(kinds).astype(bool).T
+    return first, second
+
+
+@pytest.mark.parametrize(
+    ("counts", "low", "high"),
+    [
+        ((14, 5, 0, 22), 0.0107, 0.2551),  # Altman and others, Statistics with Confidence (2000), table 6.2
+        ((1, 1, 7, 12), -0.5072, -0.0256),  # Fagerland and others, Statistical Analysis of Contingency Tables (2017)
+    ],
+)
+def test_a_comparison_has_the_published_limits(counts, low, high):
+    found = metrics.compare(*pairs(*counts)).difference
+    assert (found.low, found.high) == pytest.approx((low, high), abs=6e-4)
+
+
+def newcombe(both, only_first, only_second, neither):
+    """Newcombe's tenth method, written as the cosine rule: two sides of a triangle, and phi the cosine between."""
+    n = both + only_first + only_second + neither
+    one, other = (stats.binomtest(both + only, n).proportion_ci(0.95, "wilson") for only in (only_first, only_second))
+    p, q = (both + only_first) / n, (both + only_second) / n
+    table = np.array([[both, only_first], [only_second, neither]], float)
+    phi, product = 0.0, table.sum(0).prod() * table.sum(1).prod()
+    excess = round(np.linalg.det(table))
+    if product and excess:
+        phi = (excess if excess < 0 else max(0.0, excess - n / 2)) / math.sqrt(product)
+    turn = np.exp(1j * math.acos(phi))
+    return p - q - abs(p - one.low - (other.high - q) * turn), p - q + abs(one.high - p - (q - other.low) * turn)
+
+
+cells = st.tuples(*[st.integers(0, 60)] * 4).filter(any)
+
+
+@bounded
+@given(cells)
+@example((0, 0, 0, 9))
+@example((9, 0, 0, 0))
+@example((0, 9, 0, 0))
+@example((0, 5, 5, 0))
+@example((30, 0, 0, 30))
+def test_a_comparison_is_newcombes_interval_and_mcnemars_exact_test(counts):
+    found = metrics.compare(*pairs(*counts))
+    low, high = newcombe(*counts)
+    difference, (_, only_first, only_second, _) = found.difference, counts
+    assert (difference.value, difference.n) == (pytest.approx((only_first - only_second) / sum(counts)), sum(counts))
+    assert (difference.low, difference.high) == pytest.approx((max(-1, low), min(1, high)), abs=1e-6)
+    assert -1 <= difference.low <= difference.value + 1e-9 and difference.value - 1e-9 <= difference.high <= 1
+    odd = only_first + only_second
+    assert found.p_value == pytest.approx(stats.binomtest(only_first, odd).pvalue if odd else 1.0)
+
+
+@bounded
+@given(cells)
+def test_the_other_way_round_a_comparison_is_the_same_with_its_sign_turned(counts):
+    first, second = pairs(*counts)
+    one, other = metrics.compare(first, second), metrics.compare(second, first)
+    assert (other.difference.value, other.difference.low, other.difference.high) == pytest.approx(
+        (-one.difference.value, -one.difference.high, -one.difference.low)
+    )
+    assert other.p_value == one.p_value
+
+
+def test_what_is_compared_is_paired_by_picture():
+    # The mistake: two bare numbers. Of the same two accuracies, those that agree on most pictures tell more.
+    agreeing, scattered = metrics.compare(*pairs(80, 10, 0, 10)), metrics.compare(*pairs(72, 18, 8, 2))
+    assert agreeing.difference.value == scattered.difference.value == pytest.approx(0.1)
+    widths = [found.difference.high - found.difference.low for found in (agreeing, scattered)]
+    assert widths[0] < 0.75 * widths[1]
+    assert agreeing.p_value < 0.01 < scattered.p_value
+
+
+def test_comparisons_cover_the_truth_about_95_times_in_100():
+    random, n, covered = np.random.default_rng(0), 80, 0
+    for both, only_first, only_second in ((0.7, 0.12, 0.05), (0.4, 0.1, 0.3), (0.9, 0.03, 0.03)):
+        chances = (both, only_first, only_second, 1 - both - only_first - only_second)
+        for counts in random.multinomial(n, chances, 500):
+            found = metrics.compare(*pairs(*counts)).difference
+            covered += found.low <= only_first - only_second <= found.high
+    assert 0.94 < covered / 1500 < 0.985
+
+
+@pytest.mark.parametrize(("first", "second"), [(0, 0), (3, 4)])
+def test_only_results_of_the_same_pictures_are_compared(first, second):
+    with pytest.raises(ValueError, match="of the same pictures"):
+        metrics.compare(np.ones(first, bool), np.ones(second, bool))
+
+
+def test_a_comparison_prints_its_sign_interval_and_p_value():
+    assert str(metrics.compare(*pairs(80, 15, 0, 5))) == "+0.150 [+0.082, +0.233], p = 6.1e-05"
+
+
+def test_an_estimate_outlives_json():
+    for estimate in (metrics.wilson(3, 7), metrics.wilson(0, 0), metrics.Estimate(0.5, math.nan, math.nan, 2)):
+        again = metrics.Estimate.from_json(json.loads(json.dumps(estimate.to_json())))
+        assert str(again) == str(estimate) and again.to_json() == estimate.to_json()
 
 
 def test_wilson_of_nothing_is_not_defined():

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from headstart import backbones, model
+from headstart import backbones, labels, model
 from headstart.errors import (
     CorruptModel,
     DataError,
@@ -423,7 +423,7 @@ def test_predict_with_nothing_to_look_at_says_so(saved, tmp_path):
 
 
 def test_imagenet_has_a_thousand_classes_all_of_other_names():
-    classes = model.imagenet_classes()
+    classes = labels.imagenet_names()
     assert len(classes) == len(set(classes)) == 1000
     assert all(name and name == name.strip() for name in classes)
     assert classes[0] == "tench" and classes[207].lower() == "golden retriever"

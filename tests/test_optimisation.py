@@ -131,6 +131,15 @@ def test_steps_are_torchs(epochs, steps, step_epochs, factor):
 
 
 @bounded
+@given(st.integers(1, 6), st.integers(1, 9))
+def test_one_cycle_leaves_sgd_without_momentum_without_it(epochs, steps):
+    chosen, total = decided(schedule="one-cycle", epochs=epochs, optimizer="sgd", momentum=0.0), epochs * steps
+    make = lambda o: lr_scheduler.OneCycleLR(o, 1e-2, total_steps=total, cycle_momentum=False)  # noqa: E731
+    assert run_of(chosen, steps) == nearly(run_of_torch(chosen, total, make))
+    assert {momentum for _, momentum in run_of(chosen, steps)} == {0.0}
+
+
+@bounded
 @given(st.integers(1, 8), st.integers(1, 9), st.sampled_from([0.0, 0.25, 0.5, 1.0, 2.0, 5.0]))
 def test_cosine_is_a_linear_rise_and_torchs_cosine(epochs, steps, warmup):
     chosen, total = decided(schedule="cosine", epochs=epochs, warmup_epochs=warmup), epochs * steps

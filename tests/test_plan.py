@@ -186,12 +186,12 @@ def test_the_head_that_is_fitted_before_fine_tuning_is_a_linear_one(task):
 
 def test_two_stages_are_the_head_alone_by_adam_and_then_what_the_settings_say():
     given = {"strategy": "two-stage", "optimizer": "sgd", "schedule": "step", "freeze": "layer1", "unfreeze_epochs": 1}
-    given |= {"head_epochs": 3, "head_rate": 0.02, "rates": "layer4=1e-5", "find_lr": True, "weight_decay": 0.1}
+    given |= {"head_epochs": 3, "head_rate": 0.02, "rates": "layer4=0", "find_lr": True, "weight_decay": 0.1}
     first, last = (phase.settings for phase in training(given).phases)
     assert (first.epochs, first.optimizer, first.learning_rate, first.schedule) == (3, "adam", 0.02, "constant")
     assert (first.freeze, first.unfreeze_epochs, first.rates, first.find_lr) == ("all", 0, "", False)
     assert last == settle(TRAINING, "two-stage", resolve(None, given).engine)
-    assert (last.freeze, last.unfreeze_epochs, last.rates, last.find_lr) == ("layer1", 1, "layer4=1e-5", True)
+    assert (last.freeze, last.unfreeze_epochs, last.rates, last.find_lr) == ("layer1", 1, "layer4=0", True)
     same = {"batch_size", "accumulate", "head", "hidden", "dropout", "loss", "augment", "symmetry", "best_by"}
     assert all(getattr(first, name) == getattr(last, name) for name in same)
 
@@ -304,6 +304,98 @@ def test_settings_that_contradict_each_other_are_refused_with_what_to_do(facts, 
     with pytest.raises(UsageError) as caught:
         training(settings, **facts)
     assert caught.value.subject == subject and remedy in caught.value.remedy and caught.value.exit_status == 2
+
+
+# Settings that have an effect beside others only: (settings without it, settings with it).
+IDLE = {
+    "momentum": ({"optimizer": "adamw", "momentum": 0.5}, {"optimizer": "sgd", "momentum": 0.5}),
+    "warmup_epochs": ({"schedule": "one-cycle", "warmup_epochs": 2.0}, {"schedule": "cosine", "warmup_epochs": 2.0}),
+    "step_epochs": ({"schedule": "cosine", "step_epochs": 2}, {"schedule": "step", "step_epochs": 2}),
+    "step_factor": ({"schedule": "constant", "step_factor": 0.5}, {"schedule": "step", "step_factor": 0.5}),
+    "focal_gamma": ({"loss": "cross-entropy", "focal_gamma": 1.0}, {"loss": "focal", "focal_gamma": 1.0}),
+    "hidden": ({"hidden": 64}, {"head": "mlp", "hidden": 64}),
+    "dropout": ({"dropout": 0.1}, {"head": "batch-norm", "dropout": 0.1}),
+    "head_epochs": ({"head_epochs": 2}, {"strategy": "two-stage", "head_epochs": 2}),
+    "head_rate": ({"strategy": "scratch", "head_rate": 0.01}, {"strategy": "two-stage", "head_rate": 0.01}),
+    "unfreeze_epochs": ({"unfreeze_epochs": 1}, {"freeze": "layer1", "unfreeze_epochs": 1}),
+    "find_lr": ({"find_lr": True, "learning_rate": 0.01}, {"find_lr": True}),
+}
+
+
+@pytest.mark.parametrize("name", IDLE)
+def test_a_setting_without_an_effect_is_refused_and_taken_where_it_has_one(name):
+    without, beside = ({"strategy": "finetune", **settings} for settings in IDLE[name])
+    with pytest.raises(UsageError) as caught:
+        training(without)
+    assert caught.value.subject == name and caught.value.remedy and caught.value.exit_status == 2
+    assert getattr(training(beside).phases[-1].settings, name) == beside[name]
+
+
+def test_a_setting_that_is_left_at_its_default_is_never_refused():
+    chosen = {"optimizer": "adam", "schedule": "one-cycle", "loss": "nll", "momentum": EngineConfig().momentum}
+    assert training({"strategy": "finetune", **chosen, "warmup_epochs": EngineConfig().warmup_epochs}).trains
+
+
+@pytest.mark.parametrize("rates", ["layer4=1e-4", "body=0,head=1e-3", "layer1=0.001"])
+def test_a_rate_that_is_to_be_found_is_not_given_beside(rates):
+    with pytest.raises(UsageError, match="find_lr: finds the rate that all others follow, and rates are given"):
+        training({"strategy": "finetune", "find_lr": True, "rates": rates})
+
+
+@pytest.mark.parametrize("rates", ["layer1=0", "layer1=0.0, layer2=0", "layer1=0,"])
+def test_rates_of_nothing_go_with_a_rate_that_is_to_be_found(rates):
+    (phase,) = training({"strategy": "finetune", "find_lr": True, "rates": rates}).phases
+    assert (phase.settings.find_lr, phase.settings.rates) == (True, rates)
+
+
+# Heads to choose from
+
+
+@pytest.mark.parametrize(
+    ("text", "facts", "strategy", "heads"),
+    [
+        ("svm", {}, "probe", ("svm",)),
+        ("knn, logistic", {}, "probe", ("knn", "logistic")),
+        ("svm,means,svm", {}, "auto", ("svm", "means")),
+        ("knn", {"pictures": KNN_PICTURES + 1}, "probe", ("knn",)),  # whoever asks for it gets it
+        ("logistic", {"task": "multi"}, "probe", ("logistic",)),
+        ("means", {}, "lp-ft", ("means",)),
+    ],
+)
+def test_heads_that_were_set_are_the_ones_chosen_from(text, facts, strategy, heads):
+    plan = training({"strategy": strategy, "heads": text}, **facts)
+    assert plan.phases[0].heads == heads
+    assert f"heads {', '.join(heads)}: as set" in reasons(plan)
+
+
+@pytest.mark.parametrize(
+    ("text", "facts", "strategy", "why", "remedy"),
+    [
+        ("forest", {}, "probe", "'forest' is no kind of head", "logistic, svm, means, knn"),
+        ("logistic,SVM", {}, "probe", "'SVM' is no kind of head", "logistic, svm, means, knn"),
+        (",", {}, "probe", "'' is no kind of head", "logistic, svm, means, knn"),
+        ("svm", {"task": "multi"}, "probe", "'svm' does not go with this plan", "Choose from logistic."),
+        ("means,knn", {}, "lp-ft", "'knn' does not go with this plan", "Choose from logistic, svm, means."),
+    ],
+)
+def test_heads_that_do_not_go_are_refused_with_those_that_do(text, facts, strategy, why, remedy):
+    with pytest.raises(UsageError) as caught:
+        training({"strategy": strategy, "heads": text}, **facts)
+    assert (caught.value.subject, caught.value.why) == ("heads", why) and remedy in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("heads", {"strategy": "finetune", "heads": "svm"}),
+        ("heads", {**PROBE_WITH_MLP, "heads": "svm"}),
+        ("taps", {"strategy": "scratch", "taps": "layer1"}),
+        ("taps", {"strategy": "lp-ft", "taps": "layer1"}),
+    ],
+)
+def test_heads_and_taps_are_refused_where_no_head_is_fitted_on_features(name, settings):
+    with pytest.raises(UsageError, match=f"{name}: has no effect with strategy"):
+        training(settings)
 
 
 @pytest.mark.parametrize("augment", ["auto", "none"])

@@ -66,6 +66,8 @@ def test_a_process_alone_says_sums_and_waits_by_itself():
     assert values.tolist() == [1.5, -2.0]
     told = {"folder": ["a"]}
     assert world.tell(told) is told
+    world.copy([values])
+    assert values.tolist() == [1.5, -2.0]
     world.wait()
 
 
@@ -119,6 +121,20 @@ def test_a_second_signal_acts_at_once(acted, first, second):
         assert acted == [second] and signals.came == first
         signals.raise_again()
     assert acted == [second, first]
+
+
+@pytest.mark.parametrize("second", BOTH)
+@pytest.mark.parametrize("first", BOTH)
+def test_patience_passes_over_later_signals_until_the_first_is_raised_again(acted, first, second):
+    with Signals(patient=True) as signals:
+        signal.raise_signal(first)
+        signal.raise_signal(second)
+        signal.raise_signal(first)
+        assert acted == [] and signals.came == first
+        signals.raise_again()
+        assert acted == [first]
+        signal.raise_signal(second)  # from here on all is as it was before
+    assert acted == [first, second]
 
 
 def test_a_noted_signal_that_is_not_raised_again_is_gone(acted):

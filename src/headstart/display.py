@@ -25,6 +25,11 @@ def shown(text: str) -> str:
     return "".join(c if c.isprintable() or "\udc80" <= c <= "\udcff" else repr(c)[1:-1] for c in text)
 
 
+def shown_lines(text: str) -> str:
+    """Text for a terminal: each line as `shown` gives it."""
+    return "\n".join(map(shown, text.split("\n")))
+
+
 def summary(run: Run, data: str) -> str:
     """What a finished run ends with: what was left out, the figures, what to do next."""
     audit, result = run.audit, run.evaluation

@@ -71,7 +71,7 @@ def prepare(backbone: Backbone, device: torch.device, precision: str) -> Embedde
             nearness = 0.0
         finally:
             torch.set_num_threads(threads)
-    if nearness < (0.9999 if dtype == torch.float32 else 0.99):
+    if not nearness >= (0.9999 if dtype == torch.float32 else 0.99):  # nor a NaN
         log.info("%s: %s would change the features (cosine %.4f); float32 is used", backbone.spec.name, dtype, nearness)
         network, dtype = backbone.network.to(device), torch.float32
     return Embedder(network, backbone.spec.preprocess, device, dtype)
@@ -122,8 +122,10 @@ def _find_pairs(
         if isinstance(module, nn.Conv2d):
             producers[id(output)] = module, output  # keeping the output keeps its id its own
 
+    tapped = {module for module in network.modules() if module._forward_hooks}  # somebody looks at what they give
+
     def before(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        if isinstance(module, nn.BatchNorm2d) and id(inputs[0]) in producers:
+        if isinstance(module, nn.BatchNorm2d) and module not in tapped and id(inputs[0]) in producers:
             pairs.append((producers[id(inputs[0])][0], module))
 
     hooks = [m.register_forward_hook(after) for m in network.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]

@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import ctypes
+import logging
 import math
 import signal
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +33,9 @@ from headstart.metrics import is_better
 from headstart.plan import Layout
 from headstart.processes import Signals, World
 
+log = logging.getLogger(__name__)
+
+AHEAD_PICTURES = 512  # that are made ready ahead: 75 MB at 224 pixels, four times that where they are mixed
 EMA_START = 10.0  # the average follows faster at first: its decay is at most (1 + step) / (10 + step)
 
 
@@ -137,7 +142,7 @@ class Training:
         weights = None if weights is None else weights.to(self.device)
         self.loss = losses.make_loss(settings.loss, material.task == "multi", weights, settings.focal_gamma)
         self.steps = len(draw_windows(material, settings, seed, 0))
-        self.signals = Signals()
+        self.signals, self.stopping = Signals(patient=world.size > 1), False
         self._saved, self._booked = time.monotonic(), time.perf_counter()
         self._resume()
         last = max(0, self.state.epoch - (self.state.step == 0))
@@ -167,6 +172,7 @@ class Training:
                 _compare(still, self._still_tensors())
                 yield self._finish_epoch()
                 self._check(save=True)  # after whoever takes the record has written it
+            self._heed(alone=False)
         self.model.load_state_dict(self.best)
         self.model.eval().requires_grad_(False)
 
@@ -178,15 +184,14 @@ class Training:
         place = state.epoch * self.steps + state.step
         optimisation.set_rates(self.optimizer, place, self.steps, settings, rate)
         self.optimizer.zero_grad(set_to_none=True)
-        totals = torch.zeros(4, dtype=torch.float64, device=self.device)
+        parts = []
         with torch.random.fork_rng(self._cuda()):
             torch.manual_seed(_draw_seed(self.seed, self.phase, place, self.world.rank))
             for number, batch in enumerate(window.batches, 1):
                 last = number == len(window.batches) or self.world.size == 1
                 with contextlib.nullcontext() if last else parallel.no_sync():  # type: ignore[operator]
-                    totals[:3] += self._pass(parallel, batch, window.count)
-        totals[3] = float(self.signals.came is not None)
-        *sums, stop = self.world.sum(totals).tolist()
+                    parts.append(self._pass(parallel, batch, window.count))
+        sums = self._agree(torch.stack(parts).cpu().double().sum(0))
         if not math.isfinite(sums[0]):
             raise self._diverged(sums[0])
         self._clip()
@@ -195,7 +200,6 @@ class Training:
         self._follow(place)
         state.step, state.totals = state.step + 1, [a + b for a, b in zip(state.totals, sums, strict=True)]
         self._book_time()
-        self.signals.came = self.signals.came or (signal.SIGTERM if stop else None)  # all processes stop together
         loss, hits, pictures = state.totals
         return Step(
             phase=self.phase,
@@ -222,7 +226,17 @@ class Training:
         share: Tensor = self.scaler.scale(each.sum() * (self.world.size / count))
         share.backward()  # type: ignore[no-untyped-call]
         hits = self._are_right(logits.detach(), batch.truth.to(self.device)) * weights
-        return torch.stack((each.detach().sum(), hits.sum(), weights.sum())).double()
+        return torch.stack((each.detach().sum(), hits.sum(), weights.sum()))
+
+    def _agree(self, values: Tensor) -> list[float]:
+        """Values, float64 (n,), summed over processes; with them all processes agree whether a signal stops them."""
+        came = values.new_tensor([float(self.signals.came is not None)])
+        together = torch.cat((values, came))
+        if self.world.size > 1:
+            together = self.world.sum(together.to(self.device))  # NCCL takes what is on the device only
+        *sums, stop = together.tolist()
+        self.stopping = self.stopping or stop > 0
+        return sums
 
     def _are_right(self, logits: Tensor, truth: Tensor) -> Tensor:
         """(n,) 1 where the class is right; with several labels a picture, the share of labels that are."""
@@ -281,8 +295,8 @@ class Training:
                 module.training = False
         if self.world.size == 1:
             return model
-        if self.device.type == "cuda" and not frozen_norms:
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+        if self.device.type == "cuda" and (not frozen_norms or self.settings.head == "batch-norm"):
+            share_statistics(model)
         return nn.parallel.DistributedDataParallel(model, self._cuda() or None)
 
     def _still_tensors(self) -> dict[str, Tensor]:
@@ -310,9 +324,10 @@ class Training:
         windows = draw_windows(self.material, settings, self.seed, epoch)
 
         def make(step: int) -> Window:
-            return make_window(self.material, settings, self.seed, epoch, step, windows[step], self.world)
+            return make_window(self.material, settings, self.seed, epoch, step, windows, self.world)
 
-        return ahead(make, range(self.state.step, len(windows)), count_cpus(), 2 * count_cpus())
+        most = max(2, AHEAD_PICTURES // (settings.batch_size * settings.accumulate))
+        return ahead(make, range(self.state.step, len(windows)), count_cpus(), min(most, 2 * count_cpus()))
 
     # The end of an epoch, and going on
 
@@ -321,7 +336,10 @@ class Training:
         state = self.state
         judged = self.average or self.model
         self.model.eval()
-        figures = self.validate(judged.eval(), self._check)
+        # Each process has the statistics of its own share of batches; the first one's model is the one that is kept.
+        self.world.copy((*self.model.buffers(), *(self.average.buffers() if self.average is not None else ())))
+        figures = self.world.tell(dict(self.validate(judged.eval(), self._heed)))
+        self._heed(alone=False)
         if not math.isfinite(figures["log_loss"]):
             raise self._diverged(figures["log_loss"], f"epoch {state.epoch + 1}, on select")
         value = figures[self.settings.best_by]
@@ -343,10 +361,20 @@ class Training:
     def _is_stale(self) -> bool:
         return 0 < self.settings.patience <= self.state.epoch - self.state.best_epoch
 
+    def _heed(self, alone: bool = True) -> None:
+        """Stop where a signal came. Processes stop together: what one does alone, it finishes first."""
+        if self.world.size == 1 or not alone:
+            self._agree(torch.zeros(0, dtype=torch.float64))
+            self._check()
+
     def _check(self, save: bool = False) -> None:
         """Save where it is time to or a signal came, which then does what it did before."""
-        if save or self.signals.came is not None:
+        self.stopping = self.stopping or (self.world.size == 1 and self.signals.came is not None)
+        if save or self.stopping:
             self._save()
+        if self.stopping:
+            self.world.wait()  # torchrun ends all as soon as one has left
+            self.signals.came = self.signals.came or signal.SIGTERM
             self.signals.raise_again()
 
     def _save(self) -> None:
@@ -360,13 +388,18 @@ class Training:
         for number, values in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{number}.{key}": value for key, value in values.items() if value is not None}
         facts = {"phase": self.phase, "state": asdict(self.state), "scaler": self.scaler.state_dict()}
+        facts["made_with"] = self._describe_making()
         checkpoints.write(self.folder, Checkpoint(tensors, facts))
 
     def _resume(self) -> None:
         """Go on from the folder's checkpoint where it is of this phase."""
+        self.world.wait()  # the first process may still be writing that of the phase before
         checkpoint = checkpoints.read(self.folder) if self.folder is not None else None
         if checkpoint is None or checkpoint.facts["phase"] != self.phase:
             return
+        if checkpoint.facts["made_with"] != self._describe_making():
+            before, now = checkpoint.facts["made_with"], self._describe_making()
+            log.info("going on with %s instead of %s: the last bits of the weights may differ", now, before)
         self.state = _State(**checkpoint.facts["state"])
         self.model.load_state_dict(_under("model.", checkpoint.tensors))
         self.best = _under("best.", checkpoint.tensors)
@@ -383,6 +416,18 @@ class Training:
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": values, "param_groups": groups})
         self.scaler.load_state_dict(checkpoint.facts["scaler"])
+
+    def _describe_making(self) -> str:
+        return f"{self.world.size} processes of {torch.get_num_threads()} threads"
+
+
+def share_statistics(model: nn.Module) -> None:
+    """Let batch norms in training see all processes' pictures, in place; activations that timm keeps in them stay."""
+    import timm.layers
+
+    convert: Any = timm.layers.convert_sync_batchnorm  # type: ignore[attr-defined]
+    for name, child in list(model.named_children()):
+        setattr(model, name, convert(child))
 
 
 def _copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ from headstart.images import Facts, Limits, Preprocess
 from headstart.loading import Picture, Wanted
 
 if TYPE_CHECKING:
-    from headstart.backbones import Spec
+    from headstart.zoo import Spec
 
 log = logging.getLogger(__name__)
 

@@ -28,6 +28,7 @@ from headstart import (
     metrics,
     model,
     optimisation,
+    pictures,
     splits,
     trials,
 )
@@ -42,13 +43,15 @@ from headstart.heads import FittedHead
 from headstart.history import open_history, summarise
 from headstart.images import Limits
 from headstart.loading import Album
-from headstart.material import Material
+from headstart.material import Material, draw_windows, make_window
 from headstart.model import Classifier
 from headstart.plan import FitHead, Layout, Plan, Train
 from headstart.processes import World
 from headstart.runs import RunFolder
 
 log = logging.getLogger(__name__)
+
+BATCH = "batch.png"
 
 
 def fit_heads(
@@ -180,7 +183,8 @@ class Bench:
         """Pictures to be opened again and again, the same for all phases; those of the report are not kept."""
         key = tuple(samples)
         if key not in self._albums:
-            room = self.room_bytes // 2 if any(sample.role != "report" for sample in key) else 0
+            kept = any(sample.role != "report" for sample in key)
+            room = self.room_bytes // 2 // self.world.size if kept else 0
             paths = [self.dataset.path(sample.source) for sample in key]
             self._albums[key] = Album(paths, self.backbone.spec.preprocess, self.limits, room)
         return self._albums[key]
@@ -312,6 +316,10 @@ def check_settings(bench: Bench, chosen: Plan) -> None:
         blocks = () if phase.on == "features" else bench.blocks
         adapted = bench.begin(phase, None)
         parts = optimisation.divide(adapted, blocks, settings)
+        if not any(parts.trained(0, settings.unfreeze_epochs)):
+            raise UsageError("rates", "nothing is trained in the first epoch", "Freeze less, or give the head a rate.")
+        if phase.start == "random" and not all(parts.rates):
+            raise UsageError("rates", "0 freezes random weights", "Give them a rate, or another --strategy.")
         optimisation.group_parameters(adapted, parts, settings)
         for name, rate in zip(parts.names, parts.rates, strict=True):
             if rate > parts.rates[-1] > 0:
@@ -367,9 +375,10 @@ def train_phases(folder: RunFolder, chosen: Plan, bench: Bench, head: FittedHead
     if checkpoint is not None:
         done = checkpoint.facts["phase"], checkpoint.facts["state"]["epoch"], checkpoint.facts["state"]["step"]
         log.info("going on after epoch %d, step %d", max(0, done[1]), done[2])
+        del checkpoint  # several times the model's size
     adapted: Adapted | None = None
     with open_history(folder, done, chosen) as history:
-        for number in numbers[max(0, numbers.index(done[0]) if checkpoint is not None else 0) :]:
+        for number in numbers[numbers.index(done[0]) if done[0] >= 0 else 0 :]:
             phase = chosen.phases[number]
             assert isinstance(phase, Train)
             adapted = bench.begin(phase, head) if adapted is None else adapted
@@ -378,12 +387,34 @@ def train_phases(folder: RunFolder, chosen: Plan, bench: Bench, head: FittedHead
                 phase = chosen.phases[number]
                 assert isinstance(phase, Train)
             training = bench.start(phase, number, adapted, folder.path)
+            if folder.writes and phase.on == "pictures" and not (folder.path / BATCH).exists():
+                draw_batch(training, bench, folder.path / BATCH)
+            log.info("training %s of %s parameters", *map("{:,}".format, (training.trainable, count_all(adapted))))
             for record in track(training.run(), training.count_left()):
                 history.add(record)
     assert adapted is not None
-    parameters = sum(parameter.numel() for parameter in adapted.parameters())
+    parameters = count_all(adapted)
     # From the history: what was trained before a kill counts too.
     return Trained(adapted, chosen, [{**facts, "parameters": parameters} for facts in summarise(folder.path)])
+
+
+def count_all(model: nn.Module) -> int:
+    """How many numbers a model's parameters hold."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def draw_batch(training: Training, bench: Bench, file: Path) -> None:
+    """Draw the first batch of a phase as the network sees it: varied, mixed, normalised and back."""
+    material, settings = training.material, training.settings
+    windows = draw_windows(material, settings, bench.seed, 0)
+    batch = make_window(material, settings, bench.seed, 0, 0, windows).batches[0]
+    seen = material.normalise(torch.from_numpy(batch.pixels))
+    names = np.array(bench.dataset.classes, object)
+    labels = ["|".join(names[row > 0.5]) for row in batch.truth.numpy()]
+    if settings.mixup or settings.cutmix:
+        shown = [sorted(zip(row.tolist(), names, strict=True), reverse=True)[:2] for row in batch.targets]
+        labels = [" + ".join(f"{name} {share:.0%}" for share, name in row) for row in shown]
+    pictures.draw_batch(pictures.denormalise(seen, bench.backbone.spec.preprocess), labels, file)
 
 
 def _find_rate(folder: RunFolder, bench: Bench, chosen: Plan, number: int, adapted: Adapted) -> Plan:
@@ -392,7 +423,7 @@ def _find_rate(folder: RunFolder, bench: Bench, chosen: Plan, number: int, adapt
     assert isinstance(phase, Train)
     found = folder.read_json("learning_rate.json")
     if found is None:
-        settings = dataclasses.replace(phase.settings, learning_rate=1.0, least_rate=0.0, schedule="constant", rates="")
+        settings = dataclasses.replace(phase.settings, learning_rate=1.0, least_rate=0.0, schedule="constant")
         trial = dataclasses.replace(phase, settings=settings)
         found = trials.find_rate(bench.start(trial, number, copy.deepcopy(adapted), None)).to_json()
         folder.write_json("learning_rate.json", found)

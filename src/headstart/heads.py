@@ -10,6 +10,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -115,6 +116,7 @@ class _Problem:
     fold: Tensor  # (n,), -1 where a picture is never held out
     classes: int
     dim: int = 0  # of the features before a rotation; 0 without one
+    views: int = 1  # rows of each picture, one after the other
 
     @property
     def multi(self) -> bool:
@@ -129,9 +131,20 @@ class _Problem:
         return self.fold[:, None] != torch.arange(self.folds + 1)
 
     def held_out(self, logits: Tensor) -> NDArray[np.float32]:
-        """Of logits (n, folds + 1, classes), each picture's from the fold that has not seen it."""
-        picked: NDArray[np.float32] = logits[torch.arange(len(logits)), self.fold].numpy()
-        return picked
+        """Of logits (n, folds + 1, classes), each picture's from the fold that has not seen it, mean over its views."""
+        picked = logits[torch.arange(len(logits)), self.fold]
+        means: NDArray[np.float32] = self.average(picked).numpy()
+        return means
+
+    def average(self, logits: Tensor) -> Tensor:
+        """Logits (n, classes) of rows as those of pictures, the mean over each one's views."""
+        return logits if self.views == 1 else logits.view(-1, self.views, logits.shape[1]).mean(1)
+
+    @property
+    def truth(self) -> NDArray[Any]:
+        """The targets of pictures."""
+        targets: NDArray[Any] = self.y[:: self.views].numpy()
+        return targets
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,16 +166,21 @@ def fit_head(
     """The head with the least cross-validated log-loss after its temperature, fitted on all pictures.
 
     Args:
-        features: (n, dim).
+        features: (n, dim), or (n, views, dim): the head is then fitted on all views of a picture, and what it gives
+            for them is averaged.
         targets: class numbers (n,), or with several labels a picture, booleans (n, classes).
         folds: each picture's fold of the cross-validation, from 0; -1 leaves a picture out of the tuning.
         classes: the number of classes.
         kinds: which heads compete, of `KINDS`; with several labels a picture, logistic regression alone.
     """
+    views = features.shape[1] if features.ndim == 3 else 1
+    features = features.reshape(-1, features.shape[-1])
     mean, scale = _moments(features)
-    fold, y = torch.tensor(folds), torch.from_numpy(np.asarray(targets))
+    fold = torch.tensor(folds).repeat_interleave(views)
+    y = torch.from_numpy(np.asarray(targets)).repeat_interleave(views, 0)
     tuned = (fold >= 0).nonzero()[:, 0]
-    problem, basis = _rotate(_Problem(_scaled(features, tuned, mean, scale), y[tuned], fold[tuned], classes))
+    x = _scaled(features, tuned, mean, scale)
+    problem, basis = _rotate(_Problem(x, y[tuned], fold[tuned], classes, views=views))
     trials = {kind: _TUNERS[kind](problem) for kind in (("logistic",) if problem.multi else kinds)}
     kind = min(trials, key=lambda name: trials[name].candidate.log_loss)
     best, strength = trials[kind], trials[kind].candidate.strength
@@ -181,9 +199,10 @@ def fit_head(
             )
             weights = _SOLVERS[kind](whole, strength, weights[:, None])[:, -1]
         module = _fold_scaling(weights, mean, scale)
-    temperature, _ = find_temperature(best.logits, problem.y.numpy(), problem.multi)
+    temperature, _ = find_temperature(best.logits, problem.truth, problem.multi)
     candidates = tuple(sorted((trial.candidate for trial in trials.values()), key=lambda c: c.log_loss))
-    return FittedHead(module.eval(), kind, strength, best.logits, tuned.numpy(), temperature, candidates)
+    rows = tuned[::views].numpy() // views
+    return FittedHead(module.eval(), kind, strength, best.logits, rows, temperature, candidates)
 
 
 def _moments(features: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -212,7 +231,7 @@ def _rotate(problem: _Problem) -> tuple[_Problem, Tensor | None]:
     if n >= dim:
         return problem, None
     left, size, basis = torch.linalg.svd(problem.x, full_matrices=False)
-    return _Problem(left * size, problem.y, problem.fold, problem.classes, dim), basis.T
+    return _Problem(left * size, problem.y, problem.fold, problem.classes, dim, problem.views), basis.T
 
 
 def _fold_scaling(weights: Tensor, mean: NDArray[np.float32], scale: NDArray[np.float32]) -> nn.Linear:
@@ -375,7 +394,7 @@ def _tune_linear(kind: str, grid: Sequence[float], first: int) -> Callable[[_Pro
 def _judge(
     problem: _Problem, kind: str, strength: float, logits: NDArray[np.float32], weights: Tensor | None
 ) -> _Trial:
-    y = problem.y.numpy()
+    y = problem.truth
     _, log_loss = find_temperature(logits, y, problem.multi)
     right = (logits > 0) == y if problem.multi else logits.argmax(1) == y
     return _Trial(Candidate(kind, strength, log_loss, float(right.mean())), logits, weights)
@@ -392,7 +411,7 @@ def _tune_knn(problem: _Problem) -> _Trial:
         likeness[problem.fold[rows][:, None] == problem.fold] = -math.inf
         nearest = likeness.topk(numbers[-1], dim=1).indices
         votes.append(_vote(problem.y[nearest], problem.classes, numbers))
-    logits = [torch.cat(chunks).numpy() for chunks in zip(*votes, strict=True)]
+    logits = [problem.average(torch.cat(chunks)).numpy() for chunks in zip(*votes, strict=True)]
     trials = [_judge(problem, "knn", k, found, None) for k, found in zip(numbers, logits, strict=True)]
     return min(trials, key=lambda trial: trial.candidate.log_loss)
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from headstart.engine import Epoch, Step
+from headstart.errors import TrainingError
+from headstart.files import write_whole
 from headstart.plan import Plan, Train
 from headstart.runs import RunFolder
 
@@ -25,32 +28,41 @@ class History:
     def __init__(self, file: Path | None, kept: Sequence[Row], tensorboard: Path | None) -> None:
         self._file = file.open("a", encoding="utf-8") if file is not None else None
         self._writer = _open_tensorboard(tensorboard) if tensorboard is not None else None
-        self._steps = sum("step" in row for row in kept)
-        self._begun = _find_begins(kept)
-        self._last = max((self._begun[row["phase"]] + row["epoch"] for row in kept), default=0)
+        self._steps, self._last = 0, 0
+        self._begun: dict[int, int] = {}
+        for row in kept:
+            self._show(row)
 
     def add(self, record: Step | Epoch) -> None:
         """Add a row."""
         if self._file is None:
             return
         row = {name: _json_value(value) for name, value in asdict(record).items()}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        self._steps += isinstance(record, Step)
-        if record.phase not in self._begun:
-            self._begun[record.phase] = self._last
-        self._last = self._begun[record.phase] + record.epoch
-        if self._writer is not None:
-            self._write_scalars(record, self._writer)
+        try:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        except OSError as error:
+            why = f"cannot be written ({error.strerror})"
+            remedy = "Free some space and give the same command: the last good checkpoint is kept."
+            raise TrainingError(self._file.name, why, remedy) from error
+        self._show(row)
 
-    def _write_scalars(self, record: Step | Epoch, writer: Any) -> None:
-        if isinstance(record, Step):
-            writer.add_scalar("learning rate", record.rate, self._steps)
+    def _show(self, row: Row) -> None:
+        """Count a row in, and give TensorBoard its figures."""
+        self._steps += "step" in row
+        begun = self._begun.setdefault(row["phase"], self._last)
+        self._last = begun + row["epoch"]
+        if self._writer is None:
             return
-        figures = {"train/loss": record.loss, "train/accuracy": record.accuracy}
-        figures |= {f"select/{name}": value for name, value in record.select.items()}
+        if "step" in row:
+            self._writer.add_scalar("learning rate", row["rate"], self._steps)
+            return
+        figures = {"train/loss": row["loss"], "train/accuracy": row["accuracy"]}
+        figures |= {f"select/{name}": value for name, value in row["select"].items()}
         for name, value in figures.items():
-            writer.add_scalar(name, value, self._begun.get(record.phase, 0) + record.epoch)
+            if value is not None:
+                self._writer.add_scalar(name, value, self._last)
+        self._writer.flush()
 
     def close(self) -> None:
         """Close the files."""
@@ -127,8 +139,11 @@ def _position(row: Row) -> tuple[int, int, int]:
 
 
 def _open_tensorboard(folder: Path) -> Any:
+    """A writer into an empty folder: what a killed run wrote may be cut short, and all rows are written again."""
     from torch.utils.tensorboard import SummaryWriter
 
+    for file in folder.glob("events.out.tfevents.*"):
+        file.unlink()
     return SummaryWriter(str(folder))
 
 
@@ -163,6 +178,27 @@ def draw(folder: Path) -> None:
     for axis in axes:
         axis.set_xlabel("epoch")
     _save(figure, folder / "curves")
+
+
+def draw_together(folders: Mapping[str, Path], file: Path) -> None:
+    """Draw the log-loss and accuracy of several runs on their select pictures, by seconds of training.
+
+    Args:
+        folders: run folders by what to call them.
+        file: without an ending; `.svg` and `.png` are written.
+    """
+    figure, axes = _figure(2)
+    for label, folder in folders.items():
+        epochs = [row for row in read(folder / NAME) if "step" not in row]
+        seconds = list(itertools.accumulate(row["seconds"] for row in epochs))
+        for axis, name in zip(axes, ("log_loss", "accuracy"), strict=True):
+            values = [row["select"].get(name) for row in epochs]
+            axis.plot(seconds, values, marker="o", markersize=3, label=label)
+    for axis, name in zip(axes, ("log-loss", "accuracy"), strict=True):
+        axis.set_xlabel("seconds of training")
+        axis.set_ylabel(f"{name} on select pictures")
+        axis.legend(frameon=False)
+    _save(figure, file)
 
 
 def _draw_range_test(test: dict[str, Any], file: Path) -> None:
@@ -208,5 +244,7 @@ def _save(figure: Any, file: Path) -> None:
     import matplotlib
 
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "headstart"}):
-        figure.savefig(file.with_suffix(".svg"), metadata={"Date": None})
-        figure.savefig(file.with_suffix(".png"), dpi=144)
+        for ending, options in ((".svg", {"metadata": {"Date": None}}), (".png", {"dpi": 144})):
+            content = io.BytesIO()
+            figure.savefig(content, format=ending[1:], **options)
+            write_whole(file.with_suffix(ending), content.getvalue())

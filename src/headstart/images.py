@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from headstart.errors import UnreadableImage
+from headstart import archives
+from headstart.errors import DataError, UnreadableImage
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +32,7 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _ORIENTATION = 0x0112
-Fit = Literal["crop", "pad", "squash"]
+Fit = Literal["crop", "pad", "squash", "center"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
@@ -50,13 +51,13 @@ class Limits:
 
 
 def read_bytes(path: str | os.PathLike[str], limits: Limits = Limits()) -> bytes:
-    """A picture file's content.
+    """A picture file's content; `z.zip::a.jpg` is a file in an archive.
 
     Raises:
         UnreadableImage: for a file that is missing, not readable, empty, not regular, or over the limit.
     """
     try:
-        if not Path(path).is_file():
+        if archives.split(path) is None and not Path(path).is_file():
             why = (
                 "is a folder"
                 if Path(path).is_dir()
@@ -65,12 +66,13 @@ def read_bytes(path: str | os.PathLike[str], limits: Limits = Limits()) -> bytes
                 else "no such file"
             )
             raise UnreadableImage(path, why, "Give a picture file.")
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > limits.bytes:
-                why = f"{size / 2**20:.1f} MiB is over the limit of {limits.bytes / 2**20:g} MiB"
-                raise UnreadableImage(path, why, "Make it smaller, or raise --limit-mebibytes.")
-            content = file.read()
+        size = archives.size(path)
+        if size > limits.bytes:
+            why = f"{size / 2**20:.1f} MiB is over the limit of {limits.bytes / 2**20:g} MiB"
+            raise UnreadableImage(path, why, "Make it smaller, or raise --limit-mebibytes.")
+        content = archives.read(path)
+    except DataError as error:
+        raise UnreadableImage(path, f"its archive {error.why}", error.remedy) from error
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise UnreadableImage(path, why, "Check the file and its permissions.") from error
@@ -182,7 +184,8 @@ class Preprocess:
     """How an upright RGB picture becomes a network's input for evaluation; belongs to the model.
 
     The short side is resized to `size / crop` and the centre cut out (`fit="crop"`, as in timm's and torchvision's
-    evaluation), or the whole picture is laid into the square on grey (`"pad"`), or pressed into it (`"squash"`).
+    evaluation), or the whole picture is laid into the square on grey (`"pad"`), or pressed into it (`"squash"`), or the
+    centre is cut out at the picture's own scale, on black where that is smaller (`"center"`, torchvision's CenterCrop).
     """
 
     size: int = 224
@@ -199,6 +202,8 @@ class Preprocess:
             return np.array(image.resize((self.size, self.size), resample))
         if self.fit == "pad":
             return self._padded(image, resample)
+        if self.fit == "center":
+            return self._centred(image)
         width, height = image.size
         short = int(self.size / self.crop + 1e-6)
         # The long side is cut to whole pixels, as torchvision's Resize does.
@@ -217,6 +222,13 @@ class Preprocess:
         canvas = Image.new("RGB", (self.size, self.size), tuple(round(255 * m) for m in self.mean))
         canvas.paste(image.resize((wide, high), resample), ((self.size - wide) // 2, (self.size - high) // 2))
         return np.array(canvas)
+
+    def _centred(self, image: Image.Image) -> NDArray[np.uint8]:
+        # Rounded as torchvision does; outside the picture, Pillow gives black.
+        left, top = (
+            round((side - self.size) / 2) if side > self.size else -((self.size - side) // 2) for side in image.size
+        )
+        return np.array(image.crop((left, top, left + self.size, top + self.size)))
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels of `apply`, uint8 of shape (n, size, size, 3), as the network's input: float32 (n, 3, size, size).

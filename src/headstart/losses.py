@@ -25,9 +25,8 @@ def cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor | None = None
 
 
 def binary_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Cross-entropy (n,) of the sigmoid of each logit, mean over classes."""
-    terms = functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    return (terms if weights is None else terms * weights).mean(1)
+    """Cross-entropy (n,) of the sigmoid of each logit, mean over classes; weights are those of a class's positives."""
+    return functional.binary_cross_entropy_with_logits(logits, targets, pos_weight=weights, reduction="none").mean(1)
 
 
 def focal(
@@ -41,7 +40,7 @@ def focal(
         terms = functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
         right = logits.sigmoid() * targets + (1 - logits.sigmoid()) * (1 - targets)
         terms = terms * (1 - right).clamp(min=SURE) ** gamma
-        return (terms if weights is None else terms * weights).mean(1)
+        return (terms if weights is None else terms * (1 + (weights - 1) * targets)).mean(1)
     log_probabilities = functional.log_softmax(logits, 1)
     terms = -targets * (1 - log_probabilities.exp()).clamp(min=SURE) ** gamma * log_probabilities
     return (terms if weights is None else terms * weights).sum(1)
@@ -69,7 +68,9 @@ def smooth(targets: Tensor, share: float, multi: bool) -> Tensor:
 
 
 def weigh_classes(kind: str, counts: Sequence[int]) -> Tensor | None:
-    """Weights (classes,) for a loss whose mean over the pictures is 1; None for kind `none`.
+    """Weights (classes,) of a class's pictures in a loss, with a mean over all of 1; None for kind `none`.
+
+    Losses of a sigmoid weigh a class's positives by it, as torch's `pos_weight` does: its negatives are the others'.
 
     Args:
         kind: `counts`: one over a class's number of pictures; `effective`: one over its effective number,

@@ -77,24 +77,46 @@ def make_window(
     seed: int,
     epoch: int,
     step: int,
-    draws: Sequence[Draw],
+    windows: Sequence[Sequence[Draw]],
     world: World = World(),
 ) -> Window:
     """One process's share of an optimiser step.
 
     Every batch is dealt out among the processes; one that gets no picture of a short batch shows one that does not
-    count, as all must take part. So does one with a lone picture where batch norms are trained: they need two.
+    count, as all must take part. So does one with a lone picture where batch norms are trained: they need two that
+    differ. The company comes from the same step, or where that has no other picture, from the one before.
+
+    Args:
+        material: what is learned from.
+        settings: of the engine.
+        seed: of order and mixing.
+        epoch: from 0.
+        step: of the epoch, from 0.
+        windows: the epoch's pictures, as `draw_windows` gives them.
+        world: this process among others.
     """
+    draws = windows[step]
     fewest = 2 if settings.batch_norm == "train" or settings.head == "batch-norm" else 1
     mixes = sampling.draw_mixes(len(draws), settings.mixup, settings.cutmix, seed, epoch, step)
     batches = []
     for start in range(0, len(draws), settings.batch_size):
         own = list(world.share(range(start, min(start + settings.batch_size, len(draws)))))
-        others = (place % len(draws) for place in range(start + len(own), start + len(own) + fewest))
-        company = [next(others) for _ in range(max(0, fewest - len(own)))]
+        company = _find_company(draws, windows[step - 1], own, start, fewest)
+        shown = [(draws[place], place) for place in own] + [(draw, 0) for draw in company]
         weights = torch.cat((torch.ones(len(own)), torch.zeros(len(company))))
-        batches.append(_make_batch(material, settings, epoch, draws, own + company, weights, mixes))
+        batches.append(_make_batch(material, settings, epoch, draws, shown, weights, mixes))
     return Window(batches, len(draws))
+
+
+def _find_company(
+    draws: Sequence[Draw], before: Sequence[Draw], own: Sequence[int], start: int, fewest: int
+) -> list[Draw]:
+    """Pictures that do not count, for a process with fewer of its own than a forward pass needs."""
+    missing = max(0, fewest - len(own))
+    pictures = {draws[place].sample for place in own}
+    turned = [*draws[start:], *draws[:start], *before]
+    others = [draw for draw in turned if draw.sample not in pictures] or turned
+    return [others[number % len(others)] for number in range(missing)]
 
 
 def _make_batch(
@@ -102,11 +124,12 @@ def _make_batch(
     settings: EngineConfig,
     epoch: int,
     draws: Sequence[Draw],
-    places: Sequence[int],
+    shown: Sequence[tuple[Draw, int]],
     weights: Tensor,
     mixes: Mixes | None,
 ) -> Batch:
-    own = [draws[place] for place in places]
+    """A batch of drawn pictures with their places in the window, by which they are mixed."""
+    own, places = [draw for draw, _ in shown], [place for _, place in shown]
     pixels, truth = np.stack([material.show(draw, epoch) for draw in own]), material.encode(own)
     targets = truth
     if mixes is not None:

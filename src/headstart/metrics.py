@@ -8,7 +8,7 @@ value, and how often each picture was drawn gives a resample, so all resamples a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,12 @@ class Estimate:
         numbers = {"value": self.value, "low": self.low, "high": self.high}
         return {**{name: None if math.isnan(x) else x for name, x in numbers.items()}, "n": self.n}
 
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> Estimate:
+        """The estimate that `to_json` gave."""
+        value, low, high = (math.nan if values[name] is None else values[name] for name in ("value", "low", "high"))
+        return Estimate(value, low, high, values["n"])
+
 
 def wilson(successes: float, n: int) -> Estimate:
     """A proportion with its Wilson score interval (Wilson, 1927)."""
@@ -53,6 +59,51 @@ def wilson(successes: float, n: int) -> Estimate:
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return Estimate(p, min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half)), n)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How much more often one of two is right on the same pictures: the difference of accuracies, and a p-value."""
+
+    difference: Estimate
+    p_value: float
+
+    def __str__(self) -> str:
+        d = self.difference
+        return f"{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}], p = {self.p_value:.2g}"
+
+
+def compare(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> Comparison:
+    """The paired difference of two accuracies, first minus second, on the same pictures.
+
+    The interval is Newcombe's for paired proportions (1998, method 10), made of Wilson's two; the p-value is that of
+    McNemar's exact test (1947).
+
+    Args:
+        first: (n,) whether one classifier is right.
+        second: (n,) whether the other is, picture by picture.
+    """
+    n = len(first)
+    if n == 0 or n != len(second):
+        raise ValueError(f"two results of the same pictures are compared, not of {n} and {len(second)}")
+    only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
+    both, neither = int((first & second).sum()), int((~first & ~second).sum())
+    one, other = wilson(both + only_first, n), wilson(both + only_second, n)
+    association: float = both * neither - only_first * only_second
+    if association > 0:
+        association = max(association - n / 2, 0)
+    scale = (both + only_first) * (only_second + neither) * (both + only_second) * (only_first + neither)
+    phi = association / math.sqrt(scale) if scale else 0.0
+
+    def reach(towards: float, away: float) -> float:
+        return math.sqrt(max(0.0, towards**2 - 2 * phi * towards * away + away**2))
+
+    value = (only_first - only_second) / n
+    low = value - reach(one.value - one.low, other.high - other.value)
+    high = value + reach(one.high - one.value, other.value - other.low)
+    odd = only_first + only_second
+    tail = sum(math.comb(odd, k) for k in range(min(only_first, only_second) + 1)) / 2**odd
+    return Comparison(Estimate(value, max(-1.0, low), min(1.0, high), n), min(1.0, 2 * tail))
 
 
 def draw_weights(strata: NDArray[np.int64], groups: Sequence[str], resamples: int, seed: int) -> NDArray[np.uint16]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import math
 import os
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from headstart import backbones, embedders, loading
+from headstart import backbones, embedders, labels, loading, zoo
 from headstart import config as configs
-from headstart.backbones import Backbone, Spec
+from headstart.backbones import Backbone
 from headstart.data import Task
 from headstart.errors import (
     ConfigError,
@@ -30,12 +28,15 @@ from headstart.errors import (
     HeadstartError,
     ModelFileError,
     NewerModel,
+    UsageError,
 )
 from headstart.files import UNSEALED, holds_seal, seal, write_whole
 from headstart.heads import NearestNeighbours
 from headstart.images import Limits, Preprocess
+from headstart.labels import Language
 from headstart.loading import Picture, Wanted
 from headstart.reading import find_pictures
+from headstart.zoo import Spec
 
 if TYPE_CHECKING:
     from headstart.embedders import Embedder
@@ -198,19 +199,27 @@ class Classifier:
         write_whole(Path(path), seal(content))
 
 
-def load(path: str | os.PathLike[str]) -> Classifier:
+def load(path: str | os.PathLike[str], language: Language | None = None) -> Classifier:
     """The classifier in a run folder or `model.safetensors`; `imagenet` is the stock one with a thousand classes.
 
     Loading runs no code from the file.
 
+    Args:
+        path: the run folder or file, or `imagenet`.
+        language: of the stock classifier's class names, English (en) or Chinese (zh).
+
     Raises:
+        UsageError: for a language with a classifier that has its own class names.
         ModelFileError: no such file, or the file cannot be read.
         CorruptModel: a byte was changed, or the file is cut short.
         ForeignModel: headstart did not write it.
         NewerModel: a later version wrote it.
     """
     if os.fspath(path) == "imagenet" and not Path(path).exists():
-        return imagenet()
+        return imagenet(language=language or "en")
+    if language is not None:
+        why = f"{os.fspath(path)!r} has class names of its own"
+        raise UsageError("lang", why, "Leave it out, or give `imagenet`.")
     file = Path(path, "model.safetensors") if Path(path).is_dir() else Path(path)
     try:
         content = file.read_bytes()
@@ -222,17 +231,12 @@ def load(path: str | os.PathLike[str]) -> Classifier:
     return _assemble(file, content, described)
 
 
-def imagenet(backbone: str = backbones.DEFAULT) -> Classifier:
-    """The stock classifier: a packaged backbone with its own last layer, and ImageNet's thousand classes in English."""
+def imagenet(backbone: str = zoo.DEFAULT, language: Language = "en") -> Classifier:
+    """The stock classifier: a packaged backbone with its own last layer, and ImageNet's thousand classes by name."""
     body = backbones.load(backbones.locate(backbone))
     weight, bias = backbones.imagenet_head(backbone)
-    return Classifier(body, _linear(weight, bias), imagenet_classes(), provenance={"weights": body.spec.weights})
-
-
-def imagenet_classes() -> tuple[str, ...]:
-    """The English names of ImageNet's thousand classes, in the order of their ids."""
-    table = resources.files("headstart").joinpath("assets/imagenet_classes.csv").read_text(encoding="utf-8")
-    return tuple(row["english"] for row in csv.DictReader(table.splitlines()))
+    names = labels.imagenet_names(language)
+    return Classifier(body, _linear(weight, bias), names, provenance={"weights": body.spec.weights})
 
 
 def _read_header(file: Path, content: bytes) -> dict[str, Any]:

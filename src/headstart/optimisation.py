@@ -122,7 +122,7 @@ def rate_at(step: int, steps_per_epoch: int, settings: EngineConfig) -> float:
 
 def momentum_at(step: int, steps_per_epoch: int, settings: EngineConfig) -> float | None:
     """The momentum (of Adam, its first beta) at a step of one-cycle: low where the rate is high; else None."""
-    if settings.schedule != "one-cycle":
+    if settings.schedule != "one-cycle" or (settings.optimizer == "sgd" and not settings.momentum):
         return None
     total, (low, high) = steps_per_epoch * settings.epochs, CYCLE_MOMENTUM
     peak = CYCLE_RISE * total - 1

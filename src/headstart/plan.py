@@ -10,6 +10,7 @@ from headstart.config import AUTOMATIC_AUGMENT, EngineConfig, RunConfig
 from headstart.data import Task
 from headstart.errors import UsageError
 
+HEADS = ("logistic", "svm", "means", "knn")
 KNN_PICTURES = 20_000  # with more, a model that holds all training features is no longer small
 Strategy = Literal["probe", "finetune", "lp-ft", "two-stage", "scratch"]
 
@@ -112,7 +113,7 @@ def decide(situation: Situation, config: RunConfig) -> Plan:
         reasons.append("strategy auto: probe, which trains no weight of the network")
     else:
         reasons.append(f"strategy {strategy}: as set")
-    _check(s, strategy, config.engine)
+    _check(s, strategy, config)
     phases: list[Phase] = []
     if strategy == "lp-ft" or not trains(config):
         phases.append(_plan_head(s, config, linear=strategy == "lp-ft", reasons=reasons))
@@ -123,7 +124,12 @@ def decide(situation: Situation, config: RunConfig) -> Plan:
     return Plan(strategy, s.device, s.precision, tuple(phases), tuple(reasons))
 
 
-def _check(situation: Situation, strategy: Strategy, engine: EngineConfig) -> None:
+def _check(situation: Situation, strategy: Strategy, config: RunConfig) -> None:
+    engine = config.engine
+    for name, value in (("taps", config.model.taps), ("heads", config.train.heads)):
+        if value and trains(config) and not (name == "heads" and strategy == "lp-ft"):
+            why = f"has no effect with strategy {strategy} and --head {engine.head}: no head is fitted on features"
+            raise UsageError(name, why, "Give --strategy probe.")
     if situation.task == "multi" and engine.loss in ("cross-entropy", "nll"):
         raise UsageError("loss", f"{engine.loss} is for one label a picture", "Give bce-with-logits or focal.")
     if strategy == "lp-ft" and engine.head != "linear":
@@ -133,6 +139,39 @@ def _check(situation: Situation, strategy: Strategy, engine: EngineConfig) -> No
         _check_probe(engine)
     if strategy == "scratch" and engine.freeze:
         raise UsageError("freeze", "freezes random weights", "Leave it out, or give another --strategy.")
+    if trains(config):
+        _check_company(strategy, engine)
+
+
+# Settings that have an effect beside certain others only.
+_COMPANY = {
+    "momentum": ("optimizer", ("sgd",)),
+    "warmup_epochs": ("schedule", ("cosine",)),
+    "step_epochs": ("schedule", ("step",)),
+    "step_factor": ("schedule", ("step",)),
+    "focal_gamma": ("loss", ("focal",)),
+    "hidden": ("head", ("mlp", "batch-norm")),
+    "dropout": ("head", ("mlp", "batch-norm")),
+}
+
+
+def _check_company(strategy: Strategy, engine: EngineConfig) -> None:
+    """Nothing that is set goes unheeded."""
+    default = EngineConfig()
+    changed = {f.name for f in dataclasses.fields(engine) if getattr(engine, f.name) != getattr(default, f.name)}
+    for name, (other, values) in _COMPANY.items():
+        if name in changed and getattr(engine, other) not in values:
+            why = f"has no effect with {other} {getattr(engine, other)}"
+            raise UsageError(name, why, f"Leave it out, or give --{other} {' or '.join(values)}.")
+    for name in ("head_epochs", "head_rate"):
+        if name in changed and strategy != "two-stage":
+            raise UsageError(name, f"has no effect with strategy {strategy}", "Give --strategy two-stage.")
+    if engine.unfreeze_epochs and not engine.freeze:
+        raise UsageError("unfreeze_epochs", "has no effect where nothing is frozen", "Give --freeze all, or a block.")
+    rates = [entry.partition("=")[2].strip() for entry in engine.rates.split(",") if entry.strip()]
+    if engine.find_lr and (engine.learning_rate or any(rate.strip("0.") for rate in rates)):
+        why = "finds the rate that all others follow, and rates are given"
+        raise UsageError("find_lr", why, "Leave one of them out; rates of 0, which freeze, may stay.")
 
 
 def _check_probe(engine: EngineConfig) -> None:
@@ -148,8 +187,11 @@ def _check_probe(engine: EngineConfig) -> None:
 
 
 def _plan_head(s: Situation, config: RunConfig, linear: bool, reasons: list[str]) -> FitHead:
-    heads: tuple[str, ...] = ("logistic", "svm", "means", "knn")
-    if s.task == "multi":
+    heads: tuple[str, ...] = HEADS
+    if config.train.heads:
+        heads = _read_heads(config.train.heads, s.task, linear)
+        reasons.append(f"heads {', '.join(heads)}: as set")
+    elif s.task == "multi":
         heads = ("logistic",)
         reasons.append("several labels a picture: one logistic regression for each label")
     elif linear:
@@ -165,6 +207,16 @@ def _plan_head(s: Situation, config: RunConfig, linear: bool, reasons: list[str]
         cause = f"the smallest class has {s.smallest_class}" if s.smallest_class <= s.folds else "groups allow no more"
         reasons.append(f"{s.folds} folds instead of {config.train.folds}: {cause}")
     return FitHead(heads, s.folds)
+
+
+def _read_heads(text: str, task: Task, linear: bool) -> tuple[str, ...]:
+    heads = tuple(dict.fromkeys(filter(None, (head.strip() for head in text.split(",")))))
+    allowed = HEADS[:1] if task == "multi" else HEADS[:3] if linear else HEADS
+    for head in heads or ("",):
+        if head not in allowed:
+            why = f"{head!r} is no kind of head" if head not in HEADS else f"{head!r} does not go with this plan"
+            raise UsageError("heads", why, f"Choose from {', '.join(allowed)}.")
+    return heads
 
 
 def _plan_training(s: Situation, strategy: Strategy, engine: EngineConfig, reasons: list[str]) -> list[Phase]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -66,6 +66,14 @@ class World:
         result: T = holder[0]
         return result
 
+    def copy(self, tensors: Iterable[Tensor]) -> None:
+        """Give every process the first one's values, in place."""
+        if self.size > 1:
+            from torch import distributed
+
+            for tensor in tensors:
+                distributed.broadcast(tensor, 0)
+
     def wait(self) -> None:
         """Wait until every process is here."""
         if self.size > 1:
@@ -82,10 +90,13 @@ def find_world() -> World:
 
 
 def join(world: World, device: torch.device) -> None:
-    """Connect with the other processes, once: NCCL between CUDA devices, Gloo else."""
+    """Connect with the other processes, once: NCCL between CUDA devices, each its own, Gloo else."""
+    import torch
     from torch import distributed
 
     if world.size > 1 and not distributed.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # what NCCL takes objects and barriers to
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
 
 
@@ -111,10 +122,15 @@ class Signals:
     """While it is entered, SIGINT and SIGTERM are noted in `came`, once, instead of acting.
 
     In threads other than the main one, where signals cannot be handled, it does nothing.
+
+    Args:
+        patient: whether later signals are passed over; else a second one acts at once. torchrun sends SIGTERM right
+            after a SIGINT that its processes got too.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, patient: bool = False) -> None:
         self.came: int | None = None
+        self._patient = patient
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
@@ -134,8 +150,9 @@ class Signals:
             signal.raise_signal(self.came)
 
     def _note(self, number: int, _: object) -> None:
-        self.came = number
-        self._restore()  # a second one acts at once
+        self.came = self.came or number
+        if not self._patient:
+            self._restore()
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

@@ -96,6 +96,8 @@ def open_run(
     path = Path(out) if out is not None else _next_folder(data, facts, config)
     with _locked(path):
         folder = RunFolder(path)
+        for file in path.glob(".*.partial"):  # left behind where a process was killed while writing
+            file.unlink(missing_ok=True)
         if (path / "config.toml").exists():
             different = differences(folder, facts, config)
             if different:

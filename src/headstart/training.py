@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from headstart import backbones, checkpoints, loading, plan, processes, quality, reading, runs, splits, views
 from headstart import config as configs
-from headstart.backbones import Backbone, Spec
+from headstart.backbones import Backbone
 from headstart.config import RunConfig
 from headstart.data import Dataset, Sample, count_classes
 from headstart.errors import ConfigError, DataError, RunError
@@ -35,6 +35,7 @@ from headstart.processes import World
 from headstart.quality import Audit
 from headstart.runs import RunFolder
 from headstart.views import View
+from headstart.zoo import Spec
 
 if TYPE_CHECKING:
     from headstart.evaluation import Evaluation
@@ -95,14 +96,17 @@ def train(
         processes.join(world, views.find_device(resolved, world))
     with _open(out, path, dataset, resolved, resume, world) as folder:
         if folder.finished:
+            if folder.writes:
+                checkpoints.remove(folder.path)  # of a run that was killed after its last file
             return None
         network = _find_network(resolved)
         try:
             return _conduct(folder, dataset, network, resolved, track if world.first else _quietly, world)
         except KeyboardInterrupt:
             if world.first:
+                command = ("headstart",) if world.size == 1 else _torchrun(world)
                 words = ("train", path, "--out", folder.path, "--config", folder.path / "config.toml", "--resume")
-                log.info("to go on: headstart %s", shlex.join(str(word) for word in words))
+                log.info("to go on: %s", shlex.join(str(word) for word in (*command, *words)))
             raise
 
 
@@ -153,12 +157,24 @@ def _write(folder: RunFolder, run: Run, spec: Spec, view: View) -> None:
     if run.leaked:
         without = run.unleaked.to_json()["metrics"] if run.unleaked is not None else {}
         measured["without_leaks"] = {"n": len(run.evaluation.sources) - run.leaked, "metrics": without}
+    if run.plan.trains:
+        _draw_curves(folder)
     folder.write_json("metrics.json", measured)
     checkpoints.remove(folder.path)
-    if run.plan.trains:
-        from headstart import history
 
+
+def _draw_curves(folder: RunFolder) -> None:
+    from headstart import history
+
+    try:
         history.draw(folder.path)
+    # Whatever a drawing fails for, the model is worth more: it is kept, and the reason is said.
+    except Exception as error:
+        log.warning("the curves could not be drawn: %s: %s", type(error).__name__, error)
+
+
+def _torchrun(world: World) -> tuple[str, ...]:
+    return ("torchrun", f"--nproc-per-node={world.size}", "-m", "headstart")
 
 
 def audit(
@@ -246,17 +262,21 @@ class _Network:
 
 def _find_network(config: RunConfig) -> _Network:
     """The network of the settings; weights that do not fit are found before long work."""
-    size, name, file = config.model.size, config.model.backbone, config.model.weights
+    name, file = config.model.backbone, config.model.weights
+    taps = tuple(filter(None, (tap.strip() for tap in config.model.taps.split(","))))
+    wanted = functools.partial(Spec.adapted, size=config.model.size, fit=config.model.fit, taps=taps)
     if config.train.strategy == "scratch":
         untrained = backbones.untrained(name, config.train.seed, file)
-        untrained = Backbone.of(untrained.spec.at(size), untrained.network)
+        untrained = Backbone.of(wanted(untrained.spec), untrained.network)
         return _Network(untrained.spec, lambda: untrained)
     located = backbones.locate(name, file)
     for note in located.notes:
         log.info("weights: %s", note)
-    located = dataclasses.replace(located, spec=located.spec.at(size))
+    located = dataclasses.replace(located, spec=wanted(located.spec))
     load = functools.cache(lambda: backbones.load(located))
-    if not located.packaged:
+    if taps:
+        _ = load().network
+    elif not located.packaged:
         load()
     return _Network(located.spec, load)
 

@@ -70,8 +70,8 @@ def find_layout(
         described = (name, preprocess.size, batch, settings.freeze, settings.batch_norm, settings.optimizer, precision)
         key = hashlib.sha256(json.dumps([*described, _describe_machine(device)]).encode()).hexdigest()[:32]
         file = cache / f"layout-{key}.json"
-        if file.exists():
-            known = Layout(**json.loads(file.read_text(encoding="utf-8")))
+        known = _recall(file)
+        if known is not None:
             log.info("training in %s, the fastest when steps were timed", known)
             return known
     seconds: dict[Layout, float] = {}
@@ -91,6 +91,17 @@ def find_layout(
         except OSError as error:
             log.info("%s cannot be written (%s): the steps will be timed again", file, error.strerror)
     return best
+
+
+def _recall(file: Path) -> Layout | None:
+    """The answer in a file; None where there is none, or it cannot be read."""
+    if not file.exists():
+        return None
+    try:
+        return Layout(**json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, OSError) as error:
+        log.info("%s cannot be read (%s): the steps are timed again", file, error)
+        return None
 
 
 def _candidates(device: torch.device, precision: str) -> list[Layout]:
@@ -188,7 +199,8 @@ def find_rate(training: Training) -> RangeTest:
                 smoothed.append(running / (1 - SMOOTHING ** len(rates)))
                 if len(rates) == RANGE_STEPS or smoothed[-1] > 4 * min(smoothed):
                     return _suggest(rates, smoothed)
-            state.epoch, state.step = state.epoch + 1, 0
+            # What the last epoch trains is all that the optimiser holds.
+            state.epoch, state.step = min(state.epoch + 1, training.settings.epochs - 1), 0
     return _suggest(rates, smoothed)
 
 

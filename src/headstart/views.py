@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 
 from headstart import config as configs
 from headstart import embedders, features, loading
-from headstart.backbones import Backbone, Spec
+from headstart.backbones import Backbone
 from headstart.config import RunConfig
 from headstart.data import Dataset, Sample
 from headstart.features import Survey, Track
 from headstart.images import Limits
 from headstart.processes import World
+from headstart.zoo import Spec
 
 if TYPE_CHECKING:
     import torch
@@ -90,9 +91,18 @@ def survey(
     world: World = World(),
 ) -> Survey:
     """The facts of a data set's pictures, without a network."""
-    paths = [dataset.path(source) for source in dataset.sources]
+
+    def describe(some: Sequence[str], cache: Path, shown: Track) -> Survey:
+        return features.survey([dataset.path(source) for source in some], some, cache, limits_of(config), shown)
+
+    sources = dataset.sources
     with _shared_cache(config, spare_cache, world) as cache:
-        return features.survey(paths, dataset.sources, cache, limits_of(config), track)
+        if world.size > 1:
+            describe(world.share(sources), cache, track)
+            world.wait()
+        found = describe(sources, cache, track if world.size == 1 else lambda items, _: items)
+        world.wait()  # nobody takes a temporary cache away while others read it
+    return found
 
 
 def without_features(found: Survey, config: RunConfig, world: World) -> View:

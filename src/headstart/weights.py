@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from headstart import downloads
 from headstart.errors import WeightsError
-from headstart.files import digest
 
 if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger(__name__)
-
-TIMEOUT_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -81,33 +77,13 @@ def fetch(name: str, origin: Origin, folder: Path) -> Path:
     reason = ""
     for _ in range(2):
         for file in origin.files:
+            place = own_place(origin, file, folder)
+            in_name = re.search(r"-([0-9a-f]{8,})\.", place.name)  # torch's convention: how the SHA-256 begins
             try:
-                return _download(origin.address(file), own_place(origin, file, folder))
-            # urllib's errors are of these families; a file that is not there is tried by its other name
-            except (OSError, HTTPException) as error:
-                reason = str(getattr(error, "reason", "") or error) or type(error).__name__
-    raise missing(name, origin, folder, f"could not be fetched ({' '.join(reason.split())[:120]})")
-
-
-def _download(address: str, target: Path) -> Path:
-    import urllib.request
-
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(address, timeout=TIMEOUT_SECONDS) as answer, partial.open("wb") as file:  # noqa: S310
-            expected = (getattr(answer, "headers", None) or {}).get("Content-Length")
-            while block := answer.read(2**20):
-                file.write(block)
-        if expected is not None and partial.stat().st_size != int(expected):
-            raise OSError(f"broke off after {partial.stat().st_size} of {expected} bytes")
-        prefix = re.search(r"-([0-9a-f]{8,})\.", target.name)  # torch's convention: the SHA-256 is in the name
-        if prefix and not digest(partial).startswith(prefix.group(1)):
-            raise OSError("the checksum is wrong")
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
-    return target
+                return downloads.attempt(origin.address(file), place, sha256=in_name[1] if in_name else "")
+            except OSError as error:  # a file that is not there is tried by its other name
+                reason = downloads.explain(error)
+    raise missing(name, origin, folder, f"could not be fetched ({reason[:120]})")
 
 
 def read(file: Path) -> dict[str, torch.Tensor]:

@@ -1,0 +1,1 @@
+"""The tutorials' experiments, done right: each file calls the public interface and nothing else."""

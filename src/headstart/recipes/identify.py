@@ -1,0 +1,30 @@
+"""Identify: what pictures show among ImageNet's thousand classes, in English and Chinese, the picture beside its bars.
+
+headstart recipe run identify --data PICTURES --out runs/identify
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import headstart
+from headstart.labels import find_names
+from headstart.pictures import draw_answer
+
+TOP = 3
+
+
+def run(data: Any, out: Path, track: Any, settings: Mapping[str, Any]) -> str:
+    """A line and a drawing for each picture."""
+    classifier = headstart.load("imagenet")
+    names = find_names(classifier.classes, "zh")
+    out.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number, prediction in enumerate(headstart.predict(classifier, data, track=track, **settings), 1):
+        if prediction.error:
+            lines.append(f"{prediction.source}: {prediction.error}")
+            continue
+        ranked = list(prediction.probabilities.items())[:TOP]
+        lines.append(f"{prediction.source}: " + ", ".join(f"{name} {names[name]} {p:.1%}" for name, p in ranked))
+        draw_answer(prediction.source, prediction, out / f"{number:04}.png", TOP, names)
+    return "\n".join(lines)

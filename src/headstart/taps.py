@@ -1,0 +1,81 @@
+"""Features at several depths: the pooled outputs of a network's blocks, beside or instead of its own features."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headstart.blocks import Block, find_blocks, list_names
+from headstart.config import did_you_mean
+from headstart.errors import UsageError
+
+FINAL = "final"  # the network's own features, as a tap
+
+
+class Tapped(nn.Module):
+    """A network whose features are the pooled outputs of some of its blocks, side by side: (n, sum of widths).
+
+    Maps (n, channels, height, width) are averaged over places, tokens (n, tokens, channels) over tokens. Several
+    threads may run it at once, so what its hooks catch is kept by thread.
+
+    Args:
+        inner: pictures (n, 3, size, size) -> features (n, dim); in evaluation mode.
+        taps: names of blocks as `find_blocks` gives them, and `final` for the network's own features.
+        size: side of its input in pixels.
+
+    Raises:
+        UsageError: for a name that no block has.
+    """
+
+    def __init__(self, inner: nn.Module, taps: Sequence[str], size: int) -> None:
+        super().__init__()
+        blocks = {block.name: block for block in find_blocks(inner, size)}
+        for tap in taps:
+            if tap != FINAL and tap not in blocks:
+                names = [*blocks, FINAL]
+                why = f"{tap!r} is no block of the network{did_you_mean(tap, names)}"
+                raise UsageError("taps", why, f"Blocks: {list_names(names)}.")
+        self.inner, self.taps = inner, tuple(taps)
+        self._last = getattr(inner, "output_fmt", "NCHW") == "NHWC"
+        self._caught: dict[int, dict[str, Tensor]] = {}
+        for tap in taps:
+            if tap != FINAL:
+                module = inner.get_submodule(_end_of(inner, blocks[tap]))
+                module.register_forward_hook(_Catch(self._caught, tap))
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Features (n, sum of widths) of pictures (n, 3, size, size)."""
+        caught = self._caught[threading.get_ident()] = {}
+        try:
+            caught[FINAL] = self.inner(pictures)
+            return torch.cat([pool(caught[tap], self._last) for tap in self.taps], 1)
+        finally:
+            del self._caught[threading.get_ident()]
+
+
+class _Catch:
+    """A hook that keeps a block's output for the thread that is running it; it goes along when a network is copied."""
+
+    def __init__(self, caught: dict[int, dict[str, Tensor]], tap: str) -> None:
+        self._caught, self._tap = caught, tap
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        if threading.get_ident() in self._caught:
+            self._caught[threading.get_ident()][self._tap] = output
+
+
+def pool(output: Tensor, channels_last: bool = False) -> Tensor:
+    """The mean (n, channels) over places or tokens of a block's output; what is flat already stays as it is."""
+    if output.ndim == 4:
+        return output.mean((1, 2) if channels_last else (2, 3))
+    return output.mean(1) if output.ndim == 3 else output
+
+
+def _end_of(network: nn.Module, block: Block) -> str:
+    """The module whose output is the block's: the block itself, or the last of the layers that make it up."""
+    name = block.name.removeprefix("backbone.")
+    return name if any(network.get_submodule(name).children()) else block.modules[-1]
