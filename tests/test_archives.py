@@ -675,13 +675,16 @@ def test_a_header_that_claims_to_be_huge_is_not_read_into_memory(tmp_path):
     assert "a header of " in refusal(tmp_path / "x.tar")
 
 
-def test_headers_that_lead_backwards_are_refused(tmp_path):
-    entry = tarfile.TarInfo("a.jpg")
-    header = bytearray(entry.tobuf(tarfile.GNU_FORMAT))
-    header[124:136] = b"\xff" * 8 + (2**32 - 1024).to_bytes(4, "big")  # a size of -1024
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.GNUTYPE_SPARSE, tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
+def test_headers_that_lead_backwards_are_refused_and_not_read_for_ever(tmp_path, kind):
+    first = tarfile.TarInfo("a.jpg").tobuf(tarfile.GNU_FORMAT)
+    header = bytearray(first)
+    header[156:157] = kind
+    header[124:136] = b"\xff" * 8 + (2**32 - 512).to_bytes(4, "big")  # a size of -512
+    header[483:495] = b"00000000144\0"  # of a sparse file: its whole size
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
-    (tmp_path / "x.tar").write_bytes(bytes(header) * 4 + bytes(1024))
+    (tmp_path / "x.tar").write_bytes(first + bytes(header) + first + bytes(1024))
     assert "cannot be read as an archive" in refusal(tmp_path / "x.tar")
 
 

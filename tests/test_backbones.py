@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torchvision import models
 
-from headstart import backbones, weights, zoo
+from headstart import backbones, files, weights, zoo
 from headstart.backbones import (
     Backbone,
     Located,
@@ -111,7 +111,7 @@ def test_the_default_is_lite0_with_its_own_statistics_and_needs_no_network():
     located = locate("auto")
     assert located.spec.name == "efficientnet_lite0" and located.packaged and located.notes == ()
     assert located.spec.preprocess == Preprocess(224, 0.875, "crop", "bicubic", (0.5,) * 3, (0.5,) * 3)
-    assert located.spec.digest == weights.digest(located.file)
+    assert located.spec.digest == files.digest(located.file)
     assert load(located).network(torch.zeros(2, 3, 224, 224)).shape == (2, 1280)
 
 
@@ -309,7 +309,7 @@ def test_a_card_names_architecture_and_preprocessing(tiny_weights):
     located = locate("auto", str(tiny_weights))
     assert located.spec.architecture == "test_efficientnet" and located.spec.library == "timm"
     assert located.spec.preprocess.size == 64 and located.spec.preprocess.mean == (0.5, 0.5, 0.5)
-    assert located.spec.weights == "tiny.safetensors" and located.spec.digest == weights.digest(tiny_weights)
+    assert located.spec.weights == "tiny.safetensors" and located.spec.digest == files.digest(tiny_weights)
     assert located.notes == ()
 
 

@@ -1,11 +1,24 @@
+import dataclasses
+import itertools
 import json
+import os
+import re
 import shlex
+import signal
+import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional
+
+import headstart
 
 TWO = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 SETTINGS = shlex.split("--optimizer sgd --epochs 2 --batch-size 5 --precision float32")
@@ -117,3 +130,443 @@ def test_wrong_data_are_an_error_said_once(train, tmp_path):
     )
     assert result.returncode != 0
     assert sum(line.startswith("error: data:") for line in result.stderr.splitlines()) == 1
+
+
+# Processes without torchrun: each one's exit status can be seen
+
+
+def start_ranks(words, size=2, **more):
+    """The processes of a job, each told its place as torchrun would tell it."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        port = held.getsockname()[1]
+    place = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [
+        subprocess.Popen(
+            list(map(str, words)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            **more,
+        )
+        for rank in range(size)
+    ]
+
+
+def end_ranks(processes, seconds=120):
+    """(exit status, what it said on stderr) of each process."""
+    try:
+        return [(process.communicate(timeout=seconds)[1], process.returncode)[::-1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+# The engine in two processes
+
+
+SIZE, CLASSES = 8, 3
+
+
+def build_small():
+    """A network with a batch norm, and a head."""
+    from headstart.engine import Adapted
+
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return Adapted(body.eval(), nn.Linear(4, CLASSES))
+
+
+def begin_small(world, validate, folder=None, **changes):
+    """A phase of three epochs of three steps: 10 pictures in steps of 4, the last one of 2."""
+    from headstart.blocks import find_blocks
+    from headstart.config import EngineConfig
+    from headstart.engine import Training
+    from headstart.images import Preprocess
+    from headstart.material import Material
+    from headstart.plan import Layout
+
+    plain = {"epochs": 3, "batch_size": 4, "optimizer": "sgd", "learning_rate": 0.05, "layer_decay": 1.0}
+    plain |= {"schedule": "constant", "loss": "cross-entropy", "batch_norm": "train", "augment": "none"}
+    labels = np.arange(10) % CLASSES
+    pixels = np.random.default_rng(0).integers(0, 256, (10, SIZE, SIZE, 3)).astype(np.uint8)
+    preprocess = Preprocess(SIZE, 1.0)
+    targets = np.eye(CLASSES, dtype=bool)[labels]
+    material = Material(lambda draw, _: pixels[draw.sample], preprocess.normalise, targets, "single")
+    model, settings = build_small(), EngineConfig(**{**plain, **changes})
+    blocks, layout = find_blocks(model.backbone, SIZE), Layout("float32", False)
+    training = Training(model, blocks, settings, layout, material, validate, folder=folder, world=world)
+    inputs = preprocess.normalise(torch.from_numpy(pixels)).contiguous()
+
+    def measure(judged, check):
+        check()
+        with torch.no_grad():
+            return {"log_loss": functional.cross_entropy(judged(inputs), torch.from_numpy(labels)).item()}
+
+    training.validate = validate or measure
+    return training
+
+
+def numbers_of(model):
+    return {name: tensor.double().flatten().tolist() for name, tensor in model.state_dict().items()}
+
+
+def run_course(world, **changes):
+    """What a whole course comes to."""
+    from headstart.engine import Epoch
+
+    training = begin_small(world, None, **changes)
+    epochs, buffers = [], []
+    for record in training.run():
+        if isinstance(record, Epoch):
+            epochs.append({**dataclasses.asdict(record), "seconds": 0})
+            buffers.append(training.model.backbone[1].running_mean.tolist())
+    return {"epochs": epochs, "buffers": buffers, "left": numbers_of(training.model)}
+
+
+def run_patient(world):
+    """The epochs of a course in which the processes measure other figures: only the first one's get no better."""
+    figures = itertools.count(1.0) if world.first else itertools.count(0.0, -1.0)
+    training = begin_small(world, lambda *_: {"log_loss": next(figures)}, patience=2, epochs=9)
+    return [record.epoch for record in training.run() if not hasattr(record, "step")]
+
+
+def run_signalled(world, folder, rank, where):
+    """What becomes of a course in which a signal comes to one process, in its fifth pass or second measurement."""
+    from headstart import checkpoints
+
+    def act(*_):
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, act)
+    folder.mkdir(exist_ok=True)
+    passes, measurements, done = itertools.count(1), itertools.count(1), []
+
+    def validate(judged, check):
+        if next(measurements) == 2 and where == "validation" and world.rank == rank:
+            signal.raise_signal(signal.SIGTERM)
+            check()  # nobody leaves alone
+        done.append("measured")
+        return {"log_loss": 1.0}
+
+    training = begin_small(world, validate, folder)
+
+    def see(*_):
+        if training.model.head.training and next(passes) == 5 and where == "step" and world.rank == rank:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)  # as torchrun does, right after the first
+
+    training.model.head.register_forward_hook(see)
+    try:
+        done.extend((record.epoch, getattr(record, "step", 0)) for record in training.run())
+        return {"stopped": False}
+    except KeyboardInterrupt:
+        kept = checkpoints.read(folder)  # whoever leaves first leaves after it was written
+        return {"stopped": True, "done": done, "kept": (kept.facts["state"]["epoch"], kept.facts["state"]["step"])}
+
+
+def check_in_ranks(folder):
+    """All of the above in this process, one of several; what came of it is written down."""
+    from headstart import processes
+
+    folder, world = Path(folder), processes.find_world()
+    processes.join(world, torch.device("cpu"))
+    found = {
+        "course": run_course(world),
+        "average": run_course(world, ema=0.5),
+        "patient": run_patient(world),
+        "signals": {
+            f"{where} {rank}": run_signalled(world, folder / f"{where} {rank}", rank, where)
+            for where in ("step", "validation")
+            for rank in (0, 1)
+        },
+    }
+    processes.leave()
+    (folder / f"{world.rank}.json").write_text(json.dumps(found))
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What two processes came to: the first one's, the other one's."""
+    folder = tmp_path_factory.mktemp("ranks")
+    code = f"import test_distributed; test_distributed.check_in_ranks({str(folder)!r})"
+    ended = end_ranks(start_ranks([sys.executable, "-c", code], cwd=Path(__file__).parent))
+    assert [status for status, _ in ended] == [0, 0], ended
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("course", ["course", "average"])
+def test_before_a_measurement_all_processes_have_the_statistics_of_the_first(ranks, course):
+    first, other = (found[course] for found in ranks)
+    assert first["buffers"] == other["buffers"]
+    assert len({tuple(row) for row in first["buffers"]}) == 4  # they move
+    assert first["left"] == other["left"]
+
+
+@pytest.mark.parametrize("course", ["course", "average"])
+def test_all_processes_go_by_the_figures_of_the_first(ranks, course):
+    first, other = (found[course]["epochs"] for found in ranks)
+    assert repr(first) == repr(other)  # NaN is NaN
+    assert len({epoch["select"]["log_loss"] for epoch in first}) == 4
+
+
+def test_where_processes_would_measure_other_figures_the_first_ones_end_the_training(ranks):
+    assert [found["patient"] for found in ranks] == [[0, 1, 2]] * 2
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_process_in_a_step_stops_all_after_it_and_is_saved_before_any_leaves(ranks, rank):
+    found = [one["signals"][f"step {rank}"] for one in ranks]
+    assert [one["stopped"] for one in found] == [True, True]
+    assert found[0]["done"] == found[1]["done"] == ["measured", [0, 0], *([1, n] for n in (1, 2, 3)), "measured",
+                                                    [1, 0], [2, 1], [2, 2]]  # fmt: skip
+    assert [one["kept"] for one in found] == [[1, 2]] * 2
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_process_while_it_measures_stops_all_once_all_have_measured(ranks, rank):
+    found = [one["signals"][f"validation {rank}"] for one in ranks]
+    assert [one["stopped"] for one in found] == [True, True]
+    assert found[0]["done"] == found[1]["done"] == ["measured", [0, 0], *([1, n] for n in (1, 2, 3)), "measured"]
+    assert [one["kept"] for one in found] == [[0, 3]] * 2
+
+
+# What several processes leave behind
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("--strategy", "scratch", "--learning-rate", "0.05"),
+        ("--strategy", "finetune", "--batch-norm", "train", "--learning-rate", "0.05"),
+        ("--strategy", "finetune", "--head", "batch-norm", "--hidden", "16", "--patience", "1", "--epochs", "6"),
+        ("--strategy", "scratch", "--ema", "0.5", "--patience", "2", "--cache", "none"),
+    ],
+    ids=["scratch", "batch norms", "head", "average"],
+)
+def test_the_figures_of_a_run_are_those_of_the_model_that_it_saved(train, tmp_path, settings):
+    # Of a model whose batch norms learn, each process has statistics of its own; one of them is saved.
+    result = train("two", TWO, *settings)
+    assert result.returncode == 0, result.stderr
+    stored = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    again = headstart.evaluate(tmp_path / "two").to_json()
+    assert again["n"] == stored["n"]
+    for name, values in stored["metrics"].items():
+        for key, value in values.items():
+            assert again["metrics"][name][key] == pytest.approx(value, rel=1e-4, abs=1e-5), (name, key)
+    best = [row for row in rows_of(tmp_path / "two") if row.get("best")][-1]
+    kept = [(row["epoch"], row["select"]["log_loss"]) for row in rows_of(tmp_path / "two") if "select" in row]
+    assert best["select"]["log_loss"] == min(loss for _, loss in kept)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("--strategy", "finetune"),
+        ("--strategy", "lp-ft", "--batch-norm", "train"),
+        ("--strategy", "probe", "--head", "batch-norm", "--epochs", "2"),
+    ],
+    ids=["finetune", "lp-ft", "probe"],
+)
+def test_three_processes_may_have_so_few_pictures_that_some_get_none(make_shapes, tiny_weights, tmp_path, settings):
+    # 7 pictures to fit, in steps of 4 and 3 and passes of 2 and 1; 2 to choose by; 2 to report.
+    data = make_shapes(tmp_path / "few", 6, ("circle", "square"))
+    words = [sys.executable, "-m", "headstart", "train", data, "--out", tmp_path / "run", "--weights", tiny_weights]
+    words += ["--batch-size", "2", "--accumulate", "2", "--epochs", "2", "--precision", "float32", *settings]
+    ended = end_ranks(start_ranks(words, 3))
+    assert [status for status, _ in ended] == [0, 0, 0], ended
+    roles = (tmp_path / "run" / "split.csv").read_text()
+    assert roles.count(",select") < 3 or roles.count(",report") < 3  # else nothing is tested
+    again = headstart.evaluate(tmp_path / "run").to_json()["metrics"]
+    stored = json.loads((tmp_path / "run" / "metrics.json").read_text())["metrics"]
+    assert again["log_loss"]["value"] == pytest.approx(stored["log_loss"]["value"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_without_a_cache_pictures_are_looked_at_by_all_and_the_folder_goes_when_all_are_done(train, tmp_path):
+    settings = ("--strategy", "finetune", "--cache", "none", "--epochs", "1")
+    two = train("two", TWO, *settings)
+    assert two.returncode == 0, two.stderr
+    assert train("one", (sys.executable,), *settings).returncode == 0
+    for name in ("split.csv", "audit.json"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+    assert not (tmp_path / "cache of two" / "features").exists()
+
+
+# Writes down what this process, if it is not the first, opens to write, renames, makes or removes.
+WATCHING = """
+import atexit, json, os, sys
+seen = []
+def look(event, arguments):
+    if event == "open" and isinstance(arguments[0], (str, bytes, os.PathLike)):
+        mode, flags = str(arguments[1] or ""), arguments[2] or 0
+        if set(mode) & set("wax+") or flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            seen.append((event, os.fsdecode(arguments[0])))
+    elif event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate"):
+        seen.append((event, os.fsdecode(arguments[0])))
+sys.addaudithook(look)
+atexit.register(lambda: open({log!r} + os.environ["RANK"], "w").write(json.dumps(seen)))
+from headstart import cli
+cli.run()
+"""
+
+
+@pytest.mark.slow
+def test_only_the_first_process_writes_into_the_run_folder(make_shapes, tiny_weights, tmp_path):
+    data, log = make_shapes(tmp_path / "data", 10), tmp_path / "log"
+    script = tmp_path / "watching.py"
+    script.write_text(WATCHING.format(log=str(log)))
+    words = [sys.executable, script, "train", data, "--out", tmp_path / "run", "--weights", tiny_weights, *SETTINGS]
+    words += ["--strategy", "two-stage", "--find-lr", "--checkpoint-minutes", "0", "--tensorboard"]
+    ended = end_ranks(start_ranks(words))
+    assert [status for status, _ in ended] == [0, 0], ended
+    written = []
+    for rank in range(2):
+        events = json.loads(Path(f"{log}{rank}").read_text())
+        written.append([event for event in events if Path(event[1]).is_relative_to(tmp_path / "run")])
+    assert len(written[0]) > 20
+    assert written[1] == []
+
+
+# Stopping and going on
+
+
+def wait_for(file, processes):
+    until = time.monotonic() + 90
+    while not file.exists():
+        assert all(process.poll() is None for process in processes), [p.communicate()[1] for p in processes]
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+# Everything that has a state, and a checkpoint at every step.
+STATEFUL = shlex.split(
+    "--strategy finetune --batch-norm train --head batch-norm --hidden 16 --ema 0.9 --mixup 0.2 --patience 30"
+    " --epochs 12 --batch-size 5 --optimizer adamw --precision float32 --checkpoint-minutes 0"
+)
+
+# The third measurement takes its time, and says that it has begun.
+MEASURING = """
+import pathlib, time
+from headstart import cli, fitting
+plainly, calls = fitting.embed, []
+def embed(*given, **named):
+    calls.append(1)
+    if len(calls) == 3:
+        pathlib.Path({mark!r}).touch()
+        time.sleep(2)
+    return plainly(*given, **named)
+fitting.embed = embed
+cli.run()
+"""
+
+
+@pytest.fixture
+def job(make_shapes, tiny_weights, tmp_path, monkeypatch):
+    """A function that gives the words of a training command, after those that start Python."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    data = make_shapes(tmp_path / "data", 14)
+    return lambda out: ["train", data, "--out", tmp_path / out, "--weights", tiny_weights, *STATEFUL]
+
+
+@pytest.fixture
+def undisturbed(job, tmp_path):
+    """The folder of a run of two processes that nothing happened to."""
+    ended = end_ranks(start_ranks([sys.executable, "-m", "headstart", *job("whole")]))
+    assert [status for status, _ in ended] == [0, 0], ended
+    return tmp_path / "whole"
+
+
+def go_on(error):
+    """Give the command that was logged, and wait for its end."""
+    (again,) = re.findall(r"^to go on: torchrun --nproc-per-node=2 -m headstart (train .* --resume)$", error, re.M)
+    words = [*TWO, "-m", "headstart", *shlex.split(again)]
+    result = subprocess.run(words, capture_output=True, text=True, check=False, timeout=180)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"going on after epoch \d+, step \d+", result.stderr)
+
+
+def assert_same_run(one, other):
+    models = [load_file(folder / "model.safetensors") for folder in (one, other)]
+    assert models[0].keys() == models[1].keys()
+    assert [name for name in models[0] if not torch.equal(models[0][name], models[1][name])] == []
+    courses = [
+        [{name: row[name] for name in row if name not in ("speed", "seconds")} for row in rows_of(folder)]
+        for folder in (one, other)
+    ]
+    assert courses[0] == courses[1]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("heed_interrupts")
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("where", ["steps", "validation"])
+def test_a_signal_to_all_processes_saves_and_the_logged_command_goes_on_with_the_same_bits(
+    job, undisturbed, tmp_path, where, number, status
+):
+    script, mark = tmp_path / "measuring.py", tmp_path / "measuring"
+    script.write_text(MEASURING.format(mark=str(mark)))
+    processes = start_ranks([sys.executable, script, *job("stopped")])
+    wait_for(mark if where == "validation" else tmp_path / "stopped" / "checkpoint-previous.safetensors", processes)
+    for process in processes:
+        process.send_signal(number)
+    ended = end_ranks(processes)
+    assert [got for got, _ in ended] == [status, status], ended
+    assert not any("Traceback" in error for _, error in ended)
+    assert (tmp_path / "stopped" / "checkpoint.safetensors").exists()
+    assert not (tmp_path / "stopped" / "metrics.json").exists()
+    assert "to go on" not in ended[1][1]
+    go_on(ended[0][1])
+    assert_same_run(undisturbed, tmp_path / "stopped")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("heed_interrupts")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("where", ["steps", "validation"])
+def test_a_signal_to_torchrun_and_its_processes_saves_and_goes_on_with_the_same_bits(
+    job, undisturbed, tmp_path, where, number
+):
+    script, mark = tmp_path / "measuring.py", tmp_path / "measuring"
+    script.write_text(MEASURING.format(mark=str(mark)))
+    words = [*TWO, script, *map(str, job("stopped"))]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_for(mark if where == "validation" else tmp_path / "stopped" / "checkpoint-previous.safetensors", [process])
+    os.killpg(process.pid, number)
+    ((status, error),) = end_ranks([process])
+    assert status != 0
+    assert (tmp_path / "stopped" / "checkpoint.safetensors").exists()
+    go_on(error)
+    assert_same_run(undisturbed, tmp_path / "stopped")
+
+
+@pytest.mark.slow
+def test_a_job_that_was_killed_goes_on_with_the_same_bits(job, undisturbed, tmp_path):
+    for _ in range(2):
+        processes = start_ranks([sys.executable, "-m", "headstart", *job("killed")])
+        (tmp_path / "killed" / "checkpoint-previous.safetensors").unlink(missing_ok=True)
+        wait_for(tmp_path / "killed" / "checkpoint-previous.safetensors", processes)
+        for process in processes:
+            process.kill()
+        end_ranks(processes)
+    ended = end_ranks(start_ranks([sys.executable, "-m", "headstart", *job("killed")]))
+    assert [status for status, _ in ended] == [0, 0], ended
+    assert "going on after" in ended[0][1]
+    assert_same_run(undisturbed, tmp_path / "killed")
+
+
+@pytest.mark.slow
+def test_going_on_with_one_process_instead_of_two_is_said(job, tmp_path):
+    processes = start_ranks([sys.executable, "-m", "headstart", *job("run")])
+    wait_for(tmp_path / "run" / "checkpoint-previous.safetensors", processes)
+    for process in processes:
+        process.kill()
+    end_ranks(processes)
+    words = [sys.executable, "-m", "headstart", *map(str, job("run"))]
+    result = subprocess.run(words, capture_output=True, text=True, check=True, timeout=120)
+    told = "going on with 1 processes of 1 threads instead of 2 processes of 1 threads: the last bits"
+    assert told in result.stderr

@@ -27,6 +27,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from headstart import checkpoints, engine, loading, sampling
 from headstart.blocks import find_blocks
@@ -722,6 +724,103 @@ def test_pictures_and_weights_lie_in_memory_as_the_layout_says():
         assert model.backbone.second.weight.is_contiguous(memory_format=torch.channels_last) == layout.channels_last
 
 
+class WithoutDoubles(TorchFunctionMode):
+    """As a device that has no float64 (MPS): only what was brought to the processor may become it."""
+
+    def __init__(self):
+        super().__init__()
+        self.brought = []
+
+    def __torch_function__(self, function, types, given=(), named=None):
+        found = function(*given, **(named or {}))
+        if function is torch.Tensor.cpu:
+            self.brought.append(found)
+        elif isinstance(found, torch.Tensor) and found.dtype == torch.float64:
+            sources = [one for one in tree_leaves(given) if isinstance(one, torch.Tensor)]
+            at_home = [one.dtype == torch.float64 or any(one is other for other in self.brought) for one in sources]
+            assert at_home and all(at_home), function
+        return found
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_step_needs_no_float64_of_its_device(optimizer):
+    training = start(build(norm=True), decide(optimizer=optimizer, momentum=0.9, clip_norm=0.1, ema=0.9))
+    training.state.epoch, steps = 0, []
+    parallel = training.thaw()
+    for window in training.show():
+        with WithoutDoubles():
+            steps.append(training.take_step(parallel, window))
+    assert [step.pictures for step in steps] == [4, 8, 10]
+
+
+@pytest.mark.parametrize(("size", "accumulate", "most"), [(128, 1, 512), (64, 2, 512), (4, 1, 64), (600, 1, 1200)])
+def test_no_more_pictures_are_made_ahead_than_memory_has_room_for(size, accumulate, most, monkeypatch):
+    # 8 processors would make 16 steps ahead.
+    monkeypatch.setattr(engine, "count_cpus", lambda: 8)
+    shown = []
+    count = 20 * size * accumulate
+    targets = np.eye(CLASSES, dtype=bool)[np.arange(count) % CLASSES]
+    pixels = np.zeros((SIZE, SIZE, 3), np.uint8)
+    material = Material(lambda *_: shown.append(1) or pixels, Preprocess(SIZE, 1.0).normalise, targets, "single")
+    training = start(build(), decide(batch_size=size, accumulate=accumulate), material)
+    training.state.epoch = 0
+    windows = training.show()
+    assert next(windows).count == size * accumulate
+    before = -1
+    while before != len(shown):  # until the threads have nothing left to do
+        before = len(shown)
+        time.sleep(0.05)
+    windows.close()
+    assert len(shown) - 1 == most  # the test's own question for its size comes on top
+
+
+# Several processes on GPUs
+
+
+def norms_of(network):
+    return [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet"])
+def test_sharing_statistics_leaves_a_network_as_it_was_but_for_its_batch_norms(name):
+    # Shared statistics themselves need several GPUs; in evaluation mode the processor runs them.
+    model = build_timm(name)
+    model.head = nn.Sequential(nn.BatchNorm1d(model.head.in_features), model.head)
+    model.backbone.bn1.train()  # as where a part is trained
+    pictures = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    modes = {name: module.training for name, module in model.named_modules()}
+    parameters, keys = dict(model.named_parameters()), [*model.state_dict()]
+    engine.share_statistics(model)
+    assert norms_of(model) and all(isinstance(module, nn.SyncBatchNorm) for module in norms_of(model))
+    assert [*model.state_dict()] == keys
+    assert all(parameter is parameters[key] for key, parameter in model.named_parameters())
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    plain = build_timm(name)
+    plain.head = nn.Sequential(nn.BatchNorm1d(plain.head.in_features), plain.head)
+    plain.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(pictures), plain.eval()(pictures))
+
+
+ACTIVATIONS_GO = "what was converted in an epoch is converted again in the next, without its activation"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "test_resnet",
+        pytest.param("test_efficientnet", marks=pytest.mark.xfail(strict=True, reason=ACTIVATIONS_GO)),
+    ],
+)
+def test_sharing_statistics_in_every_epoch_leaves_the_network_as_it_was_too(name):
+    model, plain = build_timm(name), build_timm(name)
+    pictures = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    for _ in range(2):
+        engine.share_statistics(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(pictures), plain.eval()(pictures))
+
+
 class Mallinfo(ctypes.Structure):
     """`struct mallinfo2` of glibc."""
 
@@ -1025,6 +1124,29 @@ def test_another_phases_checkpoint_is_left_alone(tmp_path):
     training = start(model, decide(), folder=tmp_path, phase=1)
     assert training.state.epoch == -1
     assert_same_bits(state_of(model), before)
+
+
+@pytest.fixture
+def threads():
+    """A function that sets with how many threads torch computes, until the test ends."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("then", "now"), [(1, 1), (2, 2), (1, 2), (2, 1)])
+def test_going_on_with_another_number_of_threads_is_said(then, now, tmp_path, threads, caplog):
+    caplog.set_level("INFO")
+    threads(then)
+    running = begin(decide(), tmp_path).run()
+    list(itertools.islice(running, 6))
+    running.close()
+    threads(now)
+    again = begin(decide(), tmp_path)
+    assert again.state.epoch == 1
+    told = f"going on with 1 processes of {now} threads instead of 1 processes of {then} threads: the last bits"
+    assert (told in caplog.text) == (then != now)
+    assert ("the last bits" in caplog.text) == (then != now)
 
 
 def test_a_damaged_checkpoint_takes_it_back_to_the_one_before(tmp_path, caplog):

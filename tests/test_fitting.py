@@ -403,9 +403,25 @@ def test_settings_that_fit_are_accepted(bench, settings):
     fitting.check_settings(bench, make_plan(Train(decide(**settings), PLAIN)))
 
 
-def test_settings_that_train_nothing_at_all_are_refused(bench):
-    with pytest.raises(UsageError, match="nothing is left to be trained"):
-        fitting.check_settings(bench, make_plan(Train(decide(freeze="all", rates="head=0"), PLAIN)))
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"freeze": "all", "rates": "head=0"},
+        {"rates": "body=0,head=0"},
+        {"freeze": "all", "rates": "head=0", "unfreeze_epochs": 1},  # a block is, from the second on
+    ],
+)
+def test_settings_that_train_nothing_in_the_first_epoch_are_refused(bench, settings):
+    with pytest.raises(UsageError, match="rates: nothing is trained in the first epoch") as caught:
+        fitting.check_settings(bench, make_plan(Train(decide(**settings), PLAIN)))
+    assert caught.value.exit_status == 2
+
+
+@pytest.mark.parametrize("rates", ["conv_stem=0", "body=0", "head=0"])
+def test_a_rate_of_nothing_is_refused_for_random_weights(bench, rates):
+    fitting.check_settings(bench, make_plan(Train(decide(rates=rates), PLAIN)))
+    with pytest.raises(UsageError, match="rates: 0 freezes random weights"):
+        fitting.check_settings(bench, make_plan(Train(decide(rates=rates), PLAIN, "random")))
 
 
 def test_a_body_that_learns_faster_than_the_head_is_said(bench, caplog):
@@ -430,6 +446,17 @@ def run_phases(folder, bench, *phases, head=None):
         return records
 
     return fitting.train_phases(RunFolder(folder), make_plan(*phases), bench, head, track), announced
+
+
+def test_each_phase_says_how_much_it_trains(bench, tmp_path, caplog):
+    # The mistake: require_grad without s, which freezes nothing. What is trained is counted and said.
+    caplog.set_level("INFO")
+    phases = (Train(decide(epochs=1, freeze="all"), PLAIN), Train(decide(epochs=1), PLAIN))
+    run_phases(tmp_path / "run", bench, *phases)
+    said = [record.message for record in caplog.records if record.message.startswith("training ")]
+    adapted = bench.begin(phases[0], None)
+    head, every = (sum(p.numel() for p in part.parameters()) for part in (adapted.head, adapted))
+    assert said == [f"training {head:,} of {every:,} parameters", f"training {every:,} of {every:,} parameters"]
 
 
 def test_a_second_phase_goes_on_where_the_first_has_ended(bench, tmp_path):
@@ -541,6 +568,22 @@ def test_a_rate_that_is_found_is_used_written_down_and_leaves_no_other_trace(ben
     assert_same_bits(state_of(trained.adapted), state_of(expected.adapted))
     (test,) = quick_test
     assert (test.settings.schedule, max(test.parts.rates)) == ("constant", 1.0)
+
+
+def test_a_rate_is_found_for_what_is_trained_and_what_is_frozen_by_rates_of_nothing_stays(bench, tmp_path, quick_test):
+    phase = Train(decide(epochs=1, find_lr=True, rates="conv_stem=0,blocks.1=0"), PLAIN)
+    trained, _ = run_phases(tmp_path / "found", bench, phase)
+    (test,) = quick_test
+    rates = dict(zip(test.parts.names, test.parts.rates, strict=True))
+    still = {"conv_stem", "blocks.1"}
+    assert {name for name, rate in rates.items() if rate == 0} == still
+    assert set(rates.values()) == {0.0, 1.0}
+    assert trained.plan.phases[0].settings.rates == phase.settings.rates
+    body, before = trained.adapted.backbone, bench.backbone.network
+    for model in (body, test.model.backbone):
+        assert torch.equal(model.conv_stem.weight, before.conv_stem.weight)
+        assert_same_bits(state_of(model.blocks[1]), state_of(before.blocks[1]))
+    assert not torch.equal(test.model.backbone.blocks[2][0].conv_exp.weight, before.blocks[2][0].conv_exp.weight)
 
 
 def test_a_run_that_goes_on_takes_the_rate_that_it_had(bench, tmp_path, quick_test):

@@ -77,6 +77,7 @@ def png_header(width: int, height: int) -> bytes:
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("format", ["PNG", "TIFF", "WEBP"])
 def test_every_exif_orientation_comes_out_upright(orientation, format):
+    # The mistake: Image.open without conversion or EXIF turn.
     np.testing.assert_array_equal(open_image(oriented(orientation, format)), ASYMMETRIC)
 
 
@@ -113,6 +114,7 @@ def test_a_damaged_exif_block_does_not_spoil_the_picture(exif):
 
 @pytest.mark.parametrize("alpha, expected", [(0, (255, 255, 255)), (255, (10, 60, 200)), (51, (206, 216, 244))])
 def test_transparency_is_laid_on_white(alpha, expected):
+    # The mistake: the alpha channel is dropped, and what was transparent shows its hidden colour.
     found = opened(Image.new("RGBA", (4, 3), (10, 60, 200, alpha)))
     assert found.shape == (3, 4, 3)
     np.testing.assert_allclose(found[0, 0], expected, atol=1)

@@ -140,6 +140,7 @@ def test_a_torchvision_networks_blocks_are_tapped():
     ("shape", "last"), [((2, 3, 4, 5), False), ((2, 4, 5, 3), True), ((2, 9, 3), False), ((2, 3), False)]
 )
 def test_pooling_leaves_one_number_a_channel(shape, last):
+    # The mistake: no global pooling, so that what follows depends on the size of the pictures.
     output = torch.randn(shape)
     found = pool(output, last)
     assert found.shape == (2, 3)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import headstart
-from headstart import features, heads, training
+from headstart import checkpoints, features, heads, history, training
 from headstart.errors import DataError, UsageError
 
 
@@ -185,6 +185,45 @@ def test_what_the_report_shows_has_no_part_in_training_and_choosing(train, shape
     first, second = (classifier.backbone.state_dict() for classifier in models)
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
     assert models[0].temperature == models[1].temperature
+
+
+QUICK = {"strategy": "probe", "head": "mlp", "hidden": 8, "epochs": 2, "precision": "float32"}
+
+
+def test_checkpoints_that_a_kill_after_the_last_file_left_behind_go(train, shapes, tmp_path):
+    run = train(shapes, **QUICK)
+    assert not list(run.path.glob("checkpoint*"))
+    for name in (checkpoints.NAME, checkpoints.PREVIOUS):
+        (run.path / name).write_bytes(b"left behind")
+    before = {path.name: path.read_bytes() for path in run.path.iterdir() if path.suffix in (".json", ".csv")}
+    assert train(shapes, resume=True, **QUICK) is None
+    assert not list(run.path.glob("checkpoint*"))
+    assert {name: (run.path / name).read_bytes() for name in before} == before
+
+
+def test_a_drawing_that_fails_is_said_and_loses_nothing(train, shapes, monkeypatch, caplog):
+    def fail(folder):
+        assert (folder / "model.safetensors").exists() and not (folder / "metrics.json").exists()
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr(history, "draw", fail)
+    run = train(shapes, **QUICK)
+    assert "the curves could not be drawn: RuntimeError: no font" in caplog.text
+    assert metrics_of(run.path)["n"] == 6
+    assert not list(run.path.glob("curves.*")) and not list(run.path.glob("checkpoint*"))
+    assert headstart.load(run.path).classes == run.classifier.classes
+
+
+def test_a_run_that_was_stopped_while_its_curves_were_drawn_is_not_finished(train, shapes, monkeypatch):
+    def stop(folder):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(history, "draw", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(shapes, **QUICK)
+    run = train(shapes, **QUICK)  # the same command goes on
+    assert (run.path / "curves.svg").exists() and metrics_of(run.path)["n"] == 6
 
 
 def test_several_labels_a_picture(train, shapes, tmp_path):

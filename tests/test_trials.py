@@ -93,6 +93,20 @@ def test_what_was_found_is_kept_and_not_measured_again(tmp_path):
     assert json.loads(file.read_text()) == {"precision": "float32", "channels_last": True}
 
 
+@pytest.mark.parametrize("content", [b"", b"[]", b"7", b'{"precision": "float32"', b'{"layout": 1}', b"\xff\xfe"])
+def test_a_damaged_answer_is_said_and_found_again(tmp_path, content, caplog):
+    caplog.set_level("INFO")
+    watched = Watched()
+    watched.find(tmp_path)
+    (file,) = tmp_path.glob("layout-*.json")
+    file.write_bytes(content)
+    watched.passes.clear()
+    found = watched.find(tmp_path)
+    assert watched.passes
+    assert f"{file} cannot be read" in caplog.text and "the steps are timed again" in caplog.text
+    assert json.loads(file.read_bytes()) == dataclasses.asdict(found)
+
+
 def test_without_a_cache_it_is_measured_each_time(own_cache):
     watched = Watched()
     for _ in range(2):
@@ -357,13 +371,51 @@ def test_the_range_test_is_that_of_a_plain_loop_and_stops_once_the_loss_explodes
     assert test.suggested == test.rates[int(np.argmin(test.losses))] / 10
 
 
-def test_the_range_test_goes_over_as_many_epochs_as_it_needs():
-    training = make_training(make_head(), 0.1, batch_size=16, momentum=0.0)
+def watch_epochs(training):
+    """The epochs that pictures are shown for, as they come."""
+    epochs, plainly = [], training.material.show
+    material = dataclasses.replace(
+        training.material, show=lambda draw, epoch: epochs.append(epoch) or plainly(draw, epoch)
+    )
+    training.material = material
+    return epochs
+
+
+@pytest.mark.parametrize("epochs, last", [(2, 1), (50, 24)])  # 100 steps are 25 epochs of four
+def test_the_range_test_goes_over_as_many_epochs_as_it_needs_and_there_are(epochs, last):
+    training = make_training(make_head(), 0.1, batch_size=16, momentum=0.0, epochs=epochs)
     orders = [sampling.draw_epoch(training.material.labels, "plain", 0, epoch) for epoch in range(2)]
     assert orders[0] != orders[1]
+    shown = watch_epochs(training)
     test = find_rate(training)
     assert len(test.rates) == 100
-    assert training.state.epoch == 24  # of four steps
+    assert shown == sorted(shown) and set(shown) == set(range(last + 1))
+
+
+def test_the_range_test_trains_no_block_that_the_last_epoch_does_not_train():
+    watched = Watched()
+    model, trained = watched.model, set()
+    chosen = dataclasses.replace(SETTINGS, learning_rate=1.0, freeze="all", unfreeze_epochs=1, momentum=0.0)
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), np.uint8)
+    targets = np.eye(3, dtype=bool)[np.arange(8) % 3]
+    material = Material(lambda draw, _: pixels[draw.sample], PREPROCESS.normalise, targets, "single")
+    training = Training(model, watched.blocks, chosen, FIRST, material, lambda *_: {})
+    before = copy.deepcopy(model.state_dict())
+    plainly = training.take_step
+
+    def take_step(*given):
+        record = plainly(*given)
+        trained.update(name for name, p in model.named_parameters() if p.requires_grad)
+        return record
+
+    training.take_step = take_step
+    test = find_rate(training)
+    assert len(test.rates) > 4  # far beyond the two epochs of two steps
+    given = {id(p) for group in training.optimizer.param_groups for p in group["params"]}
+    assert trained == {name for name, p in model.named_parameters() if id(p) in given}
+    same = {name for name, tensor in model.state_dict().items() if torch.equal(tensor, before[name])}
+    assert {name for name in before if name.startswith(("backbone.0.", "backbone.1."))} <= same
+    assert not {name for name in before if name.startswith(("backbone.3.", "head."))} & same
 
 
 def test_the_range_test_stops_where_the_loss_is_no_number():

@@ -60,12 +60,13 @@ def train(
     resume: Annotated[bool, Parameter(negative=())] = False,
     settings: Annotated[_AllFlags, Flat] = _AllFlags(),  # type: ignore[valid-type]
 ) -> None:
-    """Train a classifier on a folder of class folders, or a table.
+    """Train a classifier on a folder of class folders, an archive of them, or a table.
 
     Parameters
     ----------
     data
-        Folder with a folder for each class (or train/val/test with class folders), or a .csv or .tsv file.
+        Folder with a folder for each class (or train/val/test with class folders), a .zip or .tar of one, or a .csv or
+        .tsv file.
     out
         Run folder that everything is written to [default: runs/NAME-N, the next free].
     config
@@ -143,7 +144,7 @@ def predict(
     run
         Run folder, model.safetensors, or `imagenet` for the stock classifier with a thousand classes.
     paths
-        Picture files, folders, globs.
+        Picture files, folders, globs, archives (.zip, .tar), and what lies in them, as z.zip::cats/1.jpg.
     top
         How many of the most probable classes to give [default: 3 in a table, else all].
     lang
@@ -211,7 +212,7 @@ def audit(
     Parameters
     ----------
     data
-        Folder of class folders, or table.
+        Folder of class folders, archive of one, or table.
     json
         File that the findings are written to.
     """

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal, TextIO
 
 if TYPE_CHECKING:
+    from headstart.downloads import Block
     from headstart.engine import Epoch, Step
     from headstart.evaluation import Evaluation
     from headstart.model import Prediction
@@ -61,6 +62,9 @@ def summary(run: Run, data: str) -> str:
 
 def progress(item: object) -> tuple[str, bool]:
     """(a step or epoch of training in words, whether it is worth keeping on the screen); nothing for a picture."""
+    if hasattr(item, "received"):
+        block: Block = item  # type: ignore[assignment]
+        return f"{block.received / 1e6:.0f} of {block.size / 1e6:.0f} MB", False
     if hasattr(item, "select"):
         epoch: Epoch = item  # type: ignore[assignment]
         words = f"epoch {epoch.epoch}" if epoch.epoch else "before training"

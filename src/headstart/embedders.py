@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import nn
 
+    from headstart.images import View
+
 log = logging.getLogger(__name__)
 
 
@@ -29,15 +31,21 @@ class Embedder:
     preprocess: Preprocess
     device: torch.device
     dtype: torch.dtype
+    views: tuple[View, ...] = ("plain",)
 
     def __call__(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Features (n, dim) of pixels of `Preprocess.apply`, (n, size, size, 3); on one core of the calling thread."""
+        """Features of pixels of `Preprocess.apply`, (n, size, size, 3); on one core of the calling thread.
+
+        They are (n, dim), or of several views side by side, (n, views x dim).
+        """
         import torch
 
         torch.set_num_threads(1)
         with torch.inference_mode():
-            batch = self.preprocess.normalise(torch.from_numpy(pixels).to(self.device))
-            features: NDArray[np.float32] = self.network(batch.to(self.dtype)).float().cpu().numpy()
+            plain = self.preprocess.normalise(torch.from_numpy(pixels).to(self.device)).to(self.dtype)
+            seen = [plain if view == "plain" else plain.flip(3) for view in self.views]
+            found = torch.cat([self.network(batch).float() for batch in seen], 1)
+            features: NDArray[np.float32] = found.cpu().numpy()
         return features
 
 
@@ -74,7 +82,7 @@ def prepare(backbone: Backbone, device: torch.device, precision: str) -> Embedde
     if not nearness >= (0.9999 if dtype == torch.float32 else 0.99):  # nor a NaN
         log.info("%s: %s would change the features (cosine %.4f); float32 is used", backbone.spec.name, dtype, nearness)
         network, dtype = backbone.network.to(device), torch.float32
-    return Embedder(network, backbone.spec.preprocess, device, dtype)
+    return Embedder(network, backbone.spec.preprocess, device, dtype, backbone.spec.views)
 
 
 def fold_batch_norms(network: nn.Module, example: torch.Tensor) -> int:

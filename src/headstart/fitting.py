@@ -243,6 +243,13 @@ def embed(
     return whole
 
 
+def answer(head: nn.Module, features: NDArray[np.float32]) -> NDArray[np.float32]:
+    """A head's logits (n, classes) for features (n, dim)."""
+    with torch.inference_mode():
+        logits: NDArray[np.float32] = head(torch.from_numpy(features)).numpy()
+    return logits
+
+
 def finish(bench: Bench, adapted: Adapted, provenance: Mapping[str, Any]) -> Classifier:
     """The classifier of a trained model, its temperature and thresholds found on the `select` pictures."""
     backbone, on_features = bench.backbone, isinstance(adapted.backbone, nn.Identity)
@@ -257,8 +264,7 @@ def finish(bench: Bench, adapted: Adapted, provenance: Mapping[str, Any]) -> Cla
         matrix = bench.rows(samples)
     else:
         matrix = embed(backbone, bench.album(samples), bench.device, bench.precision, bench.world)
-    with torch.inference_mode():
-        logits = head(torch.from_numpy(matrix)).numpy()
+    logits = answer(head, matrix)
     targets = evaluation.encode(samples, bench.dataset.classes)
     multi = bench.dataset.task == "multi"
     temperature, _ = metrics.find_temperature(logits, targets if multi else targets.argmax(1), multi)

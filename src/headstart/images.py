@@ -33,6 +33,7 @@ _UPRIGHT = {
 }
 _ORIENTATION = 0x0112
 Fit = Literal["crop", "pad", "squash", "center"]
+View = Literal["plain", "mirror"]  # of a picture, as a network sees it
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,

@@ -215,11 +215,11 @@ def _unzip(opened: zipfile.ZipFile, lock: threading.Lock, member: Member) -> Ite
 
 
 class _Headers(io.FileIO):
-    """A tar whose headers are read: one that claims to be larger than any real one is not read into memory."""
+    """A tar whose headers are read: one of a size that no real one has is not read into memory."""
 
     def read(self, count: int | None = -1, /) -> Any:
-        if count is not None and count > BLOCK_BYTES:
-            raise tarfile.ReadError(f"a header of {count:,} bytes")
+        if count is None or not 0 <= count <= BLOCK_BYTES:
+            raise tarfile.ReadError(f"a header of {count} bytes")
         return super().read(count)
 
 

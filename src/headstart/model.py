@@ -119,9 +119,11 @@ class Classifier:
         return to_probabilities(logits, self.temperature, self.task)
 
     def classify(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Probabilities (n, classes) of features (n, dim)."""
+        """Probabilities (n, classes) of features (n, views x dim), by the mean of the views' logits."""
+        views = len(self.backbone.spec.views)
         with torch.inference_mode():
-            return self.probabilities(self.head(torch.from_numpy(features)))
+            logits = self.head(torch.from_numpy(features).reshape(len(features) * views, -1))
+            return self.probabilities(logits.view(len(features), views, -1).mean(1))
 
     def decide(self, probabilities: NDArray[np.float64]) -> NDArray[np.bool_]:
         """Which labels are given, (n, classes): the most probable, or all over their thresholds."""

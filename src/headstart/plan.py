@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from headstart.config import AUTOMATIC_AUGMENT, EngineConfig, RunConfig
 from headstart.data import Task
 from headstart.errors import UsageError
 
+if TYPE_CHECKING:
+    from headstart.images import View
+
 HEADS = ("logistic", "svm", "means", "knn")
 KNN_PICTURES = 20_000  # with more, a model that holds all training features is no longer small
+FINAL = "final"  # the network's own features, among those of several depths
+# The cheaper of two variants is taken unless the other's log-loss is lower by more than this share.
+WORTH_DEPTH, WORTH_MIRROR = 0.01, 0.02
+SURE = 0.99  # accuracy by cross-validation from which mirror images are not tried
 Strategy = Literal["probe", "finetune", "lp-ft", "two-stage", "scratch"]
 
 
@@ -24,6 +32,56 @@ class Layout:
 
     def __str__(self) -> str:
         return f"{self.precision}, channels {'last' if self.channels_last else 'first'}"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A head on features of some depths and views, as cross-validation found it."""
+
+    taps: tuple[str, ...]  # `final` is the network's own features
+    views: tuple[View, ...]
+    head: str
+    log_loss: float
+    accuracy: float  # with its 95 % interval
+    low: float
+    high: float
+    pictures: int
+
+    def __str__(self) -> str:
+        where = "the final features" if self.taps == (FINAL,) else " + ".join(self.taps)
+        seen = " and their mirror images" if len(self.views) > 1 else ""
+        return f"{self.head} on {where}{seen}: {self.accuracy:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Errors by number of pictures, and what a power law through them foretells."""
+
+    points: tuple[tuple[int, float], ...]  # pictures, error
+    pictures: int  # that cross-validation fitted on
+    measured: float  # error there
+    foretold: float  # by the points alone: the curve's own check
+    doubled: float  # error with twice as many
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What features say before anything is trained."""
+
+    variants: tuple[Variant, ...]  # by depth, best first
+    mirror: tuple[Variant, Variant] | None  # without and with mirror images, where that was tried
+    curve: Curve | None
+
+    @property
+    def distance(self) -> float:
+        """How far the data are from what the network was pretrained on.
+
+        It is the share of the final features' log-loss that all depths together take away: about 0 on photographs of
+        what ImageNet shows, where the final features say all; 0.3 and more on X-rays and the like.
+        """
+        final = next(variant.log_loss for variant in self.variants if variant.taps == (FINAL,))
+        every = max(self.variants, key=lambda variant: len(variant.taps)).log_loss
+        return max(0.0, 1.0 - every / final) if final > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -207,6 +265,24 @@ def _plan_head(s: Situation, config: RunConfig, linear: bool, reasons: list[str]
         cause = f"the smallest class has {s.smallest_class}" if s.smallest_class <= s.folds else "groups allow no more"
         reasons.append(f"{s.folds} folds instead of {config.train.folds}: {cause}")
     return FitHead(heads, s.folds)
+
+
+def choose_variant(variants: Sequence[Variant]) -> Variant:
+    """The variant with the least log-loss; the final features alone, where they are as good but for a hundredth."""
+    best = min(variants, key=lambda variant: variant.log_loss)
+    final = next(variant for variant in variants if variant.taps == (FINAL,))
+    return final if final.log_loss <= best.log_loss * (1 + WORTH_DEPTH) else best
+
+
+def is_mirror_worth_trying(best: Variant, symmetry: str) -> bool:
+    """Whether mirror images of pictures mean the same, and there is something left to gain by them."""
+    return symmetry != "none" and best.accuracy < SURE
+
+
+def is_mirror_worth(pair: tuple[Variant, Variant]) -> bool:
+    """Whether mirror images, which cost a second pass, take away enough of the log-loss."""
+    alone, both = pair
+    return both.log_loss < alone.log_loss * (1 - WORTH_MIRROR)
 
 
 def _read_heads(text: str, task: Task, linear: bool) -> tuple[str, ...]:

@@ -207,7 +207,7 @@ def assign_given(path: Path, samples: list[Sample], given: list[str]) -> list[Sa
 
 
 def find_pictures(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[Path], int]:
-    """(the files that paths name: files, pictures in folders and archives, matches of globs; how many others are there).
+    """(files that paths name, pictures in folders and archives, matches of globs; how many other files those hold).
 
     A file that is named stands in the result in any case, there or not.
     """

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from headstart import archives, splits
 from headstart import config as configs
-from headstart import splits
 from headstart.config import RunConfig
 from headstart.data import Dataset, Sample, Task
 from headstart.errors import ConfigError, HeadstartError, RunError
@@ -159,7 +159,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _next_folder(data: Path, facts: dict[str, str], config: RunConfig) -> Path:
-    name = Path(os.path.abspath(data)).stem or "data"
+    name = Path(archives.strip_ending(os.path.abspath(data))).stem or "data"
     number = 1
     while (Path("runs") / f"{name}-{number}").exists():
         number += 1

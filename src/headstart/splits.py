@@ -51,6 +51,11 @@ def assign_select(dataset: Dataset, groups: Mapping[str, str], share: float, see
     )
 
 
+def draw_part(samples: Sequence[Sample], groups: Mapping[str, str], share: float, seed: int) -> list[bool]:
+    """Whether each sample is in a share of them, stratified and grouped; every class is, where it has two or more."""
+    return [part == 0 for part in _deal(samples, groups, (share, 1.0 - share), seed, at_least_one=True)]
+
+
 def assign_folds(samples: Sequence[Sample], groups: Mapping[str, str], folds: int, seed: int) -> list[int]:
     """The cross-validation fold of each sample, 0 to folds - 1, stratified and grouped."""
     return _deal(samples, groups, (1.0 / folds,) * folds, seed, at_least_one=False)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from headstart import archives
 from headstart.config import DataConfig, did_you_mean
 from headstart.data import SPLITS, TABLES, Found, is_hidden, natural_key, walk
 from headstart.errors import DataError
@@ -174,7 +175,7 @@ def _resolver(path: Path, config: DataConfig) -> Callable[[str], tuple[str, str]
             return "", "names no picture"
         for name in (cell, cell.strip(" \t")):
             for folder in folders:
-                if name and os.path.isfile(folder / name):
+                if name and archives.is_file(folder / name):
                     return _relative(folder / name, root), ""
         cell = cell.strip(" \t")
         if not by_name:

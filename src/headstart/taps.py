@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -12,8 +13,7 @@ from torch import Tensor, nn
 from headstart.blocks import Block, find_blocks, list_names
 from headstart.config import did_you_mean
 from headstart.errors import UsageError
-
-FINAL = "final"  # the network's own features, as a tap
+from headstart.plan import FINAL
 
 
 class Tapped(nn.Module):
@@ -49,12 +49,31 @@ class Tapped(nn.Module):
 
     def forward(self, pictures: Tensor) -> Tensor:
         """Features (n, sum of widths) of pictures (n, 3, size, size)."""
+        return torch.cat(self.look(pictures), 1)
+
+    def look(self, pictures: Tensor) -> list[Tensor]:
+        """The features of each tap, (n, width)."""
         caught = self._caught[threading.get_ident()] = {}
         try:
             caught[FINAL] = self.inner(pictures)
-            return torch.cat([pool(caught[tap], self._last) for tap in self.taps], 1)
+            return [pool(caught[tap], self._last) for tap in self.taps]
         finally:
             del self._caught[threading.get_ident()]
+
+
+def find_depths(network: nn.Module, size: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """(taps worth a look, their widths): blocks at half, two thirds and five sixths of the depth, and `final`.
+
+    Args:
+        network: pictures (n, 3, size, size) -> features (n, dim), without taps; in evaluation mode.
+        size: side of its input in pixels.
+    """
+    names = [block.name for block in find_blocks(network, size)][:-1]  # the last one's mean often is `final` itself
+    chosen = dict.fromkeys(names[len(names) * part // 6] for part in (3, 4, 5)) if names else {}
+    example = next(network.parameters(), torch.zeros(0)).new_zeros(1, 3, size, size)
+    tapped = Tapped(copy.deepcopy(network), (*chosen, FINAL), size)
+    with torch.no_grad():
+        return tapped.taps, tuple(pooled.shape[1] for pooled in tapped.look(example))
 
 
 class _Catch:

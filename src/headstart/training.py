@@ -22,14 +22,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from headstart import backbones, checkpoints, loading, plan, processes, quality, reading, runs, splits, views
+from headstart import archives, backbones, checkpoints, loading, plan, processes, quality, reading, runs, splits, views
 from headstart import config as configs
 from headstart.backbones import Backbone
 from headstart.config import RunConfig
 from headstart.data import Dataset, Sample, count_classes
 from headstart.errors import ConfigError, DataError, RunError
 from headstart.features import Survey, Track
-from headstart.files import digest
 from headstart.plan import FitHead, Layout, Plan, Situation
 from headstart.processes import World
 from headstart.quality import Audit
@@ -439,7 +438,7 @@ def _stored_report(folder: RunFolder, classes: tuple[str, ...]) -> Dataset:
     """The `report` pictures of a run, from where its data lay."""
     root, task, samples = folder.read_split()
     report = tuple(sample for sample in samples if sample.role == "report")
-    gone = [sample.source for sample in report if not (root / sample.source).exists()]
+    gone = [sample.source for sample in report if not archives.is_file(root / sample.source)]
     if gone:
         why = f"{len(gone)} of the run's {len(report)} report pictures are gone, {gone[0]!r} for one"
         raise DataError(root, why, "Restore them, or give --data.")
@@ -453,8 +452,8 @@ def _count_seen(folder: RunFolder, survey: Survey) -> int | None:
     except (OSError, RunError):  # a model file alone
         return None
     paths = [root / sample.source for sample in samples if sample.role != "report"]
-    here = [path for path in paths if path.is_file()]
-    fitted = {digest(path) for path in here}
+    here = [path for path in paths if archives.is_file(path)]
+    fitted = {archives.digest(path) for path in here}
     return sum(content in fitted for content in survey.digests) if here else None
 
 

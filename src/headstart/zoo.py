@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from headstart.config import did_you_mean
 from headstart.errors import BackboneError
-from headstart.images import Fit, Preprocess
+from headstart.images import Fit, Preprocess, View
 from headstart.weights import Origin
 
 DEFAULT = "efficientnet_lite0"
@@ -55,16 +55,22 @@ class Spec:
     weights: str = ""  # where they came from, in words
     digest: str = ""  # SHA-256 of the weights file
     taps: tuple[str, ...] = ()  # blocks whose pooled outputs are the features; none: the network's own
+    views: tuple[View, ...] = ("plain",)  # of each picture; features of several stand side by side
 
     def to_json(self) -> dict[str, Any]:
         """The spec as JSON values."""
         return dataclasses.asdict(self)
 
-    def adapted(self, size: int = 0, fit: str = "auto", taps: tuple[str, ...] = ()) -> Spec:
-        """The same network with another input size in pixels, geometry or taps; 0, `auto` and none leave its own."""
+    def adapted(
+        self, size: int = 0, fit: str = "auto", taps: tuple[str, ...] = (), views: tuple[View, ...] = ()
+    ) -> Spec:
+        """The same network with another input size in pixels, geometry, taps or views.
+
+        0, `auto` and none leave its own.
+        """
         changed: dict[str, Any] = {**({"size": size} if size else {}), **({"fit": fit} if fit != "auto" else {})}
         preprocess = dataclasses.replace(self.preprocess, **changed)
-        return dataclasses.replace(self, preprocess=preprocess, taps=taps or self.taps)
+        return dataclasses.replace(self, preprocess=preprocess, taps=taps or self.taps, views=views or self.views)
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> Spec:
@@ -72,8 +78,9 @@ class Spec:
         preprocess = dict(values["preprocess"])
         for name in ("mean", "std"):
             preprocess[name] = tuple(preprocess[name])
-        taps = tuple(values.get("taps", ()))  # a model of before there were any has none
-        return Spec(**{**values, "preprocess": Preprocess(**preprocess), "taps": taps})
+        # A model of before there were any has none.
+        taps, views = tuple(values.get("taps", ())), tuple(values.get("views", ("plain",)))
+        return Spec(**{**values, "preprocess": Preprocess(**preprocess), "taps": taps, "views": views})
 
 
 def describe_packaged(name: str) -> Spec:
