@@ -13,11 +13,12 @@ from torch import nn
 
 import headstart
 from headstart import backbones, embedders, evaluation, fitting, sampling, splits, trials
+from headstart import bench as bench_module
 from headstart.backbones import Backbone
+from headstart.bench import Bench
 from headstart.config import EngineConfig, RunConfig, TrainConfig
 from headstart.engine import Adapted, Epoch
 from headstart.errors import UsageError
-from headstart.fitting import Bench
 from headstart.heads import FittedHead
 from headstart.images import Limits, open_image
 from headstart.model import Classifier
@@ -270,7 +271,7 @@ def test_pictures_are_varied_by_seed_epoch_and_picture_as_the_settings_say(bench
     def show(augment, seed, *asked):
         phase = Train(decide(augment=augment), PLAIN)
         chosen = dataclasses.replace(bench, seed=seed)
-        material = chosen._pictures(chosen.dataset.of_role("fit"), phase)
+        material = chosen.show_pictures(chosen.dataset.of_role("fit"), phase)
         return [material.show(sampling.Draw(sample), epoch).tobytes() for sample, epoch in asked]
 
     asked = ((0, 0), (0, 1), (1, 0))
@@ -302,7 +303,7 @@ def test_several_labels_are_trained_and_measured(make_bench, tagged):
 def test_features_are_those_of_the_plain_network_in_order(bench):
     # The mistake: validation shuffled, so that predictions cannot be matched to files.
     samples = bench.dataset.samples[::-1]
-    found = fitting.embed(bench.backbone, bench.album(samples), DEVICE, "float32")
+    found = bench_module.embed(bench.backbone, bench.album(samples), DEVICE, "float32")
     expected = bench.rows(samples)
     np.testing.assert_allclose(found, expected, atol=2e-4 * np.abs(expected).max())
     assert np.abs(expected[0] - expected[1]).max() > 0.01 * np.abs(expected).max()
@@ -314,7 +315,7 @@ def test_features_of_a_network_that_was_trained_are_its_own(bench):
     train_and_keep_the_last(bench.start(phase, 0, adapted, None))
     samples = bench.dataset.of_role("select")
     album = bench.album(samples)
-    found = fitting.embed(Backbone.of(bench.backbone.spec, adapted.backbone), album, DEVICE, "float32")
+    found = bench_module.embed(Backbone.of(bench.backbone.spec, adapted.backbone), album, DEVICE, "float32")
     paths = [bench.dataset.path(sample.source) for sample in samples]
     expected = embed_plainly(adapted.backbone, bench.backbone.spec.preprocess, paths)
     np.testing.assert_allclose(found, expected, atol=2e-4 * np.abs(expected).max())
@@ -324,7 +325,7 @@ def test_features_of_a_network_that_was_trained_are_its_own(bench):
 def test_while_features_are_computed_signals_are_looked_for_after_each_batch(bench):
     checks = []
     album = bench.album(bench.dataset.samples)
-    fitting.embed(bench.backbone, album, DEVICE, "float32", World(), lambda: checks.append(1))
+    bench_module.embed(bench.backbone, album, DEVICE, "float32", World(), lambda: checks.append(1))
     assert len(checks) == -(-len(album) // embedders.BATCH_SIZE)
 
 
@@ -344,7 +345,7 @@ def test_embedding_stops_where_a_signal_acts(bench):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fitting.embed(bench.backbone, bench.album(bench.dataset.samples), DEVICE, "float32", World(), act)
+        bench_module.embed(bench.backbone, bench.album(bench.dataset.samples), DEVICE, "float32", World(), act)
 
 
 def test_each_process_embeds_its_share_and_gets_all(bench, monkeypatch):
@@ -352,7 +353,7 @@ def test_each_process_embeds_its_share_and_gets_all(bench, monkeypatch):
     monkeypatch.setattr(World, "most", lambda self, value: value.fill_(bench.dim))
     monkeypatch.setattr(World, "sum", lambda self, values: matrices.append(values.clone()) or values)
     for rank in range(3):
-        fitting.embed(bench.backbone, bench.album(samples), DEVICE, "float32", World(rank, 3))
+        bench_module.embed(bench.backbone, bench.album(samples), DEVICE, "float32", World(rank, 3))
     filled = [set(matrix.abs().sum(1).nonzero()[:, 0].tolist()) for matrix in matrices]
     assert sorted(row for rows in filled for row in rows) == list(range(11))
     expected = bench.rows(samples)

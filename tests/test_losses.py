@@ -130,6 +130,12 @@ def test_focal_loss_with_gamma_zero_is_the_plain_loss(weights):
     torch.testing.assert_close(losses.focal(logits, draw_labels(4), weights, gamma=0.0, multi=True), plain)
 
 
+def test_focal_loss_with_gamma_zero_is_the_plain_loss_also_with_weights_and_shares():
+    logits, targets = draw(4)[0], draw_shares(4)
+    plain = losses.binary_cross_entropy(logits, targets, WEIGHTS)
+    torch.testing.assert_close(losses.focal(logits, targets, WEIGHTS, gamma=0.0, multi=True), plain)
+
+
 def test_focal_loss_plays_down_what_is_right_more_than_what_is_wrong():
     logits = torch.tensor([[3.0, 0.0], [0.0, 3.0]])
     targets = one_hot(torch.tensor([0, 0]), 2)

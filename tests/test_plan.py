@@ -83,7 +83,9 @@ def test_a_plan_depends_on_nothing_but_its_arguments():
 
 def test_nothing_in_a_plan_is_left_to_be_decided_and_it_is_json():
     values = json.loads(json.dumps(decide(USUAL, RunConfig()).to_json()))
-    assert values["phases"] == [{"heads": list(ALL), "folds": 5, "phase": "fit_head"}]
+    assert values["phases"] == [
+        {"heads": list(ALL), "folds": 5, "taps": ["final"], "views": ["plain"], "phase": "fit_head"}
+    ]
     assert "auto" not in {values["strategy"], values["device"], values["precision"]}
     assert all(values["reasons"])
 
@@ -396,6 +398,13 @@ def test_heads_that_do_not_go_are_refused_with_those_that_do(text, facts, strate
 def test_heads_and_taps_are_refused_where_no_head_is_fitted_on_features(name, settings):
     with pytest.raises(UsageError, match=f"{name}: has no effect with strategy"):
         training(settings)
+
+
+@pytest.mark.parametrize("name", ["heads", "taps"])
+def test_beside_a_head_that_is_trained_the_remedy_for_heads_and_taps_is_another_head(name):
+    with pytest.raises(UsageError) as caught:
+        training({**PROBE_WITH_MLP, name: "svm"})
+    assert "--head" in caught.value.remedy and "Give --strategy probe" not in caught.value.remedy
 
 
 @pytest.mark.parametrize("augment", ["auto", "none"])

@@ -84,6 +84,11 @@ def test_without_a_connection_the_first_process_speaks():
     assert [speaks_first(rank) for rank in range(3)] == [True, False, False]
 
 
+def test_who_speaks_of_a_mistake_that_is_found_at_once_is_known_without_importing_torch():
+    code = "import sys; from headstart import processes; processes.speaks_first(0); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 # Signals
 
 

@@ -94,7 +94,7 @@ def test_a_run_that_was_killed_within_an_epoch_ends_with_the_same_bits(command, 
 # Kills the process where a function is called for the so-many-th time under a condition on what it is given.
 KILLED = """
 import os, signal
-from headstart import checkpoints, cli, engine, fitting, history, runs
+from headstart import checkpoints, cli, engine, fitting, history, loading, runs
 plainly, calls = {function}, []
 def kill(*given, **named):
     if {condition}:
@@ -113,9 +113,9 @@ WRITES = "runs.RunFolder.write_text"
 # settings; the function, the condition and the call at which the process is killed
 PLACES = {
     "after the head was fitted": (f"--strategy lp-ft {QUICK}", ("fitting.train_phases", "True"), 1),
-    "before the first measurement of lp-ft": (f"--strategy lp-ft {QUICK}", ("fitting.embed", "True"), 1),
+    "before the first measurement of lp-ft": (f"--strategy lp-ft {QUICK}", ("loading.Album.embed", "True"), 1),
     "after the start of lp-ft was measured": (f"--strategy lp-ft {QUICK}", ("checkpoints.write", "True"), 1),
-    "between the stages": (f"--strategy two-stage {QUICK}", ("fitting.Bench.start", "True"), 2),
+    "between the stages": (f"--strategy two-stage {QUICK}", ("engine.Training.run", "True"), 2),
     "at the last checkpoint of the first stage": (
         f"--strategy two-stage {QUICK}",
         ("checkpoints.write", "given[1].facts['state']['epoch'] == 1 and not given[1].facts['state']['step']"),

@@ -48,7 +48,6 @@ def test_a_finished_run_is_rid_of_them_too(opened, tmp_path):
         assert folder.finished and names_in(folder.path) == {"config.toml", "metrics.json"}
 
 
-@pytest.mark.xfail(strict=True, reason="they are removed before it is known whose folder it is")
 @pytest.mark.parametrize("others", [["film.mkv"], ["config.toml"]], ids=["no run", "another run"])
 def test_a_folder_that_is_refused_keeps_all_its_files(opened, tmp_path, others):
     folder = tmp_path / "folder"

@@ -252,9 +252,6 @@ class Silent(nn.Module):
         return self.last(self.norm(self.conv(x))).mean((2, 3))
 
 
-@pytest.mark.xfail(
-    strict=True, raises=KeyError, reason="a silent activation in a folded batch norm goes, and the tap on it with it"
-)
 def test_a_tap_on_a_batch_norm_outlives_folding():
     torch.manual_seed(0)
     spec = Spec("net", "timm", "net", {}, Preprocess(16, 1.0), taps=("conv", "final"))

@@ -190,40 +190,35 @@ def test_what_the_report_shows_has_no_part_in_training_and_choosing(train, shape
 QUICK = {"strategy": "probe", "head": "mlp", "hidden": 8, "epochs": 2, "precision": "float32"}
 
 
-def test_checkpoints_that_a_kill_after_the_last_file_left_behind_go(train, shapes, tmp_path):
+def test_a_run_that_is_stopped_while_its_curves_are_drawn_is_not_finished_and_goes_on(
+    train, shapes, monkeypatch, caplog
+):
+    def stop(folder):
+        raise KeyboardInterrupt
+
+    def fail(folder):
+        assert (folder / "model.safetensors").exists() and not (folder / "metrics.json").exists()
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr(history, "draw", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(shapes, **QUICK)
+    monkeypatch.setattr(history, "draw", fail)
+    run = train(shapes, **QUICK)  # a drawing that fails loses nothing
+    assert "the curves could not be drawn: RuntimeError: no font" in caplog.text
+    assert metrics_of(run.path)["n"] == 6 and headstart.load(run.path).classes == run.classifier.classes
+    assert not list(run.path.glob("curves.*")) and not list(run.path.glob("checkpoint*"))
+
+
+def test_checkpoints_that_a_kill_after_the_last_file_left_behind_go(train, shapes):
     run = train(shapes, **QUICK)
-    assert not list(run.path.glob("checkpoint*"))
+    assert (run.path / "curves.svg").exists() and not list(run.path.glob("checkpoint*"))
     for name in (checkpoints.NAME, checkpoints.PREVIOUS):
         (run.path / name).write_bytes(b"left behind")
     before = {path.name: path.read_bytes() for path in run.path.iterdir() if path.suffix in (".json", ".csv")}
     assert train(shapes, resume=True, **QUICK) is None
     assert not list(run.path.glob("checkpoint*"))
     assert {name: (run.path / name).read_bytes() for name in before} == before
-
-
-def test_a_drawing_that_fails_is_said_and_loses_nothing(train, shapes, monkeypatch, caplog):
-    def fail(folder):
-        assert (folder / "model.safetensors").exists() and not (folder / "metrics.json").exists()
-        raise RuntimeError("no font")
-
-    monkeypatch.setattr(history, "draw", fail)
-    run = train(shapes, **QUICK)
-    assert "the curves could not be drawn: RuntimeError: no font" in caplog.text
-    assert metrics_of(run.path)["n"] == 6
-    assert not list(run.path.glob("curves.*")) and not list(run.path.glob("checkpoint*"))
-    assert headstart.load(run.path).classes == run.classifier.classes
-
-
-def test_a_run_that_was_stopped_while_its_curves_were_drawn_is_not_finished(train, shapes, monkeypatch):
-    def stop(folder):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(history, "draw", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(shapes, **QUICK)
-    run = train(shapes, **QUICK)  # the same command goes on
-    assert (run.path / "curves.svg").exists() and metrics_of(run.path)["n"] == 6
 
 
 def test_several_labels_a_picture(train, shapes, tmp_path):

@@ -81,8 +81,11 @@ def _key_of(network: nn.Module, module_name: str) -> str:
     child = network.get_submodule(parts[0])
     if isinstance(child, _SEQUENCES):
         return ".".join(parts[:2])
-    inside = child.get_submodule(parts[1]) if len(parts) > 2 else None
-    return ".".join(parts[:3] if inside is not None and _is_body(child, inside) else parts[:1])
+    body = next((name for name, inside in child.named_children() if _is_body(child, inside)), None)
+    if body is None:
+        return parts[0]
+    # What stands before or after the long sequence is by itself.
+    return ".".join(parts[:3]) if parts[1:2] == [body] else module_name
 
 
 _SEQUENCES = (nn.Sequential, nn.ModuleList)
@@ -98,6 +101,12 @@ def _is_body(child: nn.Module, inside: nn.Module) -> bool:
 def _is_norm(module: nn.Module) -> bool:
     """Whether a module scales and shifts, drops out or is an activation: it has no matrix."""
     return all(parameter.ndim <= 1 for parameter in module.parameters())
+
+
+def find_end(network: nn.Module, block: Block) -> str:
+    """The module whose output is a block's: the block itself, or the last of the layers that make it up."""
+    name = block.name.removeprefix("backbone.")
+    return name if any(network.get_submodule(name).children()) else block.modules[-1]
 
 
 def count_frozen(blocks: Sequence[Block], freeze: str) -> int:

@@ -393,7 +393,8 @@ def _report(error: BaseException, words: Sequence[str]) -> int:
     """One line on stderr for an error; the exit status. Of several processes, the first to fail speaks."""
     world = processes.find_world()
     if world.size > 1 and not processes.speaks_first(world.rank):
-        return getattr(error, "exit_status", 1)
+        interrupted = 143 if isinstance(error, _Terminated) else 130 if isinstance(error, KeyboardInterrupt) else 1
+        return getattr(error, "exit_status", interrupted)
     if isinstance(error, HeadstartError):
         terminal.say(f"error: {display.shown(str(error))}")
         return error.exit_status

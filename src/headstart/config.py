@@ -149,6 +149,13 @@ class EngineConfig:
     hidden: int = _setting(512, "width of a head's hidden layer", least=1, most=65_536)
     dropout: float = _setting(0.5, "dropout of heads with a hidden layer", least=0.0, most=0.95)
     freeze: str = _setting("", "blocks that stay as they are: a number of first ones, up to the named one, or all")
+    cached_views: int = _setting(
+        0,
+        "views of each picture whose activations, at the end of the frozen blocks, are kept on disk (0: none, and "
+        "every epoch shows another view)",
+        least=0,
+        most=1000,
+    )
     unfreeze_epochs: int = _setting(
         0, "epochs after which one more frozen block, from the head down, is trained (0: none)", least=0, most=100_000
     )
@@ -161,6 +168,7 @@ class EngineConfig:
     best_by: str = _setting("log_loss", "figure on the select pictures by which the best epoch is kept")
     checkpoint_minutes: float = _setting(5.0, "minutes between checkpoints within an epoch", least=0.0, most=10_000.0)
     memory_mebibytes: int = _setting(1024, "memory for decoded pictures", least=0, most=10_000_000)
+    disk_mebibytes: int = _setting(4096, "disk space for kept activations", least=0, most=100_000_000)
     tensorboard: bool = _setting(False, "also write TensorBoard's event files (needs headstart[tensorboard])")
 
 

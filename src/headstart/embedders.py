@@ -73,7 +73,7 @@ def prepare(backbone: Backbone, device: torch.device, precision: str) -> Embedde
         try:
             torch.set_num_threads(1)
             found = network(example.to(device, dtype).contiguous(memory_format=torch.channels_last)).float().cpu()
-            nearness = torch.nn.functional.cosine_similarity(found[:1], expected).item()
+            nearness = torch.nn.functional.cosine_similarity(found[:1].flatten(1), expected.flatten(1)).item()
         except (RuntimeError, TypeError) as error:  # a layer without a kernel for this number format
             log.info("%s does not run in %s: %s", backbone.spec.name, precision, error)
             nearness = 0.0
@@ -130,7 +130,8 @@ def _find_pairs(
         if isinstance(module, nn.Conv2d):
             producers[id(output)] = module, output  # keeping the output keeps its id its own
 
-    tapped = {module for module in network.modules() if module._forward_hooks}  # somebody looks at what they give
+    # Somebody looks at what these give, or a part of them.
+    tapped = {module for module in network.modules() if any(part._forward_hooks for part in module.modules())}
 
     def before(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         if isinstance(module, nn.BatchNorm2d) and module not in tapped and id(inputs[0]) in producers:

@@ -397,8 +397,8 @@ class Training:
         checkpoint = checkpoints.read(self.folder) if self.folder is not None else None
         if checkpoint is None or checkpoint.facts["phase"] != self.phase:
             return
-        if checkpoint.facts["made_with"] != self._describe_making():
-            before, now = checkpoint.facts["made_with"], self._describe_making()
+        before, now = checkpoint.facts.get("made_with"), self._describe_making()
+        if before not in (None, now):
             log.info("going on with %s instead of %s: the last bits of the weights may differ", now, before)
         self.state = _State(**checkpoint.facts["state"])
         self.model.load_state_dict(_under("model.", checkpoint.tensors))
@@ -425,6 +425,8 @@ def share_statistics(model: nn.Module) -> None:
     """Let batch norms in training see all processes' pictures, in place; activations that timm keeps in them stay."""
     import timm.layers
 
+    if any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+        return  # since an earlier epoch; converted once more, they would lose their activations
     convert: Any = timm.layers.convert_sync_batchnorm  # type: ignore[attr-defined]
     for name, child in list(model.named_children()):
         setattr(model, name, convert(child))

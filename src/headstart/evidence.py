@@ -5,6 +5,7 @@ Everything here is measured by cross-validation on the `fit` pictures: neither `
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -15,20 +16,31 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from headstart import evaluation, fitting, metrics, splits
+from headstart import bench, evaluation, fitting, metrics, splits
 from headstart.backbones import Backbone
 from headstart.data import Dataset, Sample
 from headstart.features import key_of
 from headstart.files import write_whole
 from headstart.heads import FittedHead
-from headstart.images import View
-from headstart.plan import FINAL, Curve, FitHead, Variant
+from headstart.images import View as ViewName
+from headstart.plan import (
+    FINAL,
+    Curve,
+    Evidence,
+    FitHead,
+    Variant,
+    choose_variant,
+    is_mirror_worth,
+    is_mirror_worth_trying,
+)
 from headstart.taps import find_depths
+from headstart.views import View
 from headstart.zoo import Spec
 
 Look = Callable[[Sequence[Sample]], NDArray[np.float32]]
 log = logging.getLogger(__name__)
 
+KIND = ("logistic",)  # the head that depths and views are compared by
 PICTURES = 2_000  # that variants are compared on: more move the choice little
 MIRRORED = 400  # pictures that the mirrored view is tried on
 SHARES = (1 / 8, 1 / 4, 1 / 2)  # of the pictures, for the learning curve
@@ -69,6 +81,58 @@ def recall_depths(spec: Spec, load: Callable[[], Backbone], folder: Path | None)
 
 
 @dataclass(frozen=True, eq=False)
+class Sight:
+    """What heads are fitted on.
+
+    Args:
+        spec: the network, with the depths and views that were chosen.
+        evidence: why; None where nothing was to be chosen.
+        rows: pictures -> their features, (n, dim), or of several views (n, views, dim).
+    """
+
+    spec: Spec
+    evidence: Evidence | None
+    rows: Look
+
+
+def gather(
+    table: Table, depths: Depths, spec: Spec, rows: Look, look: Callable[[Spec, Sequence[Sample]], View], symmetry: str
+) -> Sight:
+    """The depths and views that tell the classes of some pictures apart best.
+
+    Args:
+        table: the pictures.
+        depths: what the features are of.
+        spec: the network with all these taps.
+        rows: pictures -> their features at all depths, (n, sum of widths).
+        look: (network, pictures) -> a view of them, as of their mirror images.
+        symmetry: what leaves a picture's meaning alone.
+    """
+    variants = weigh_depths(table, rows(table.samples), depths)
+    chosen = choose_variant(variants)
+    columns = depths.columns(chosen.taps)
+
+    def plain(samples: Sequence[Sample]) -> NDArray[np.float32]:
+        return np.ascontiguousarray(rows(samples)[:, columns])
+
+    mirrored = spec.adapted(views=("mirror",))
+
+    def mirror(samples: Sequence[Sample]) -> NDArray[np.float32]:
+        return np.ascontiguousarray(look(mirrored, samples).rows(samples)[:, columns])
+
+    def both(samples: Sequence[Sample]) -> NDArray[np.float32]:
+        return np.stack((plain(samples), mirror(samples)), 1)
+
+    matrix = plain(table.samples)
+    pair = weigh_mirror(table, matrix, mirror, chosen.taps) if is_mirror_worth_trying(chosen, symmetry) else None
+    views: tuple[ViewName, ...] = ("plain", "mirror") if pair is not None and is_mirror_worth(pair) else ("plain",)
+    found = Evidence(variants, pair, draw_curve(table, matrix, chosen))
+    taps = () if chosen.taps == (FINAL,) else chosen.taps
+    sight = dataclasses.replace(spec, taps=taps, views=views)
+    return Sight(sight, found, plain if len(views) == 1 else both)
+
+
+@dataclass(frozen=True, eq=False)
 class Table:
     """Features of the `fit` pictures, and how their heads are fitted.
 
@@ -102,7 +166,7 @@ class Table:
 
 
 def weigh_depths(table: Table, matrix: NDArray[np.float32], depths: Depths) -> tuple[Variant, ...]:
-    """Each depth by itself, and all together, best first.
+    """Each depth by itself, and all together, by logistic regression, best first.
 
     Args:
         table: the pictures.
@@ -110,23 +174,15 @@ def weigh_depths(table: Table, matrix: NDArray[np.float32], depths: Depths) -> t
         depths: the depths.
     """
     some, places = table.part(PICTURES / len(table.samples))
-    rows = matrix if len(places) == len(matrix) else matrix[places]
-    several = tuple(kind for kind in table.phase.heads if kind != "knn")
     found = []
     for taps in (*((tap,) for tap in depths.taps), depths.taps):
-        kinds = table.phase.heads if taps == (FINAL,) else several if len(taps) > 1 else several[:1]
-        head = some.fit(np.ascontiguousarray(rows[:, depths.columns(taps)]), kinds)
+        head = some.fit(matrix[places][:, depths.columns(taps)], KIND)
         found.append(_describe(head, taps, ("plain",), len(some.samples)))
     return tuple(sorted(found, key=lambda variant: variant.log_loss))
 
 
-def weigh_mirror(
-    table: Table,
-    plain: NDArray[np.float32],
-    look: Look,
-    taps: Sequence[str],
-) -> tuple[Variant, Variant]:
-    """(the plain view alone, both views) on a part of the pictures.
+def weigh_mirror(table: Table, plain: NDArray[np.float32], look: Look, taps: Sequence[str]) -> tuple[Variant, Variant]:
+    """(the plain view alone, both views) on a part of the pictures, by logistic regression.
 
     Args:
         table: the pictures.
@@ -135,50 +191,56 @@ def weigh_mirror(
         taps: what the features are of.
     """
     some, places = table.part(MIRRORED / len(table.samples))
-    kinds = tuple(kind for kind in table.phase.heads if kind != "knn")
-    alone = some.fit(plain[places], kinds)
-    both = some.fit(np.stack((plain[places], look(some.samples)), 1), kinds)
+    alone = some.fit(plain[places], KIND)
+    both = some.fit(np.stack((plain[places], look(some.samples)), 1), KIND)
     return (
         _describe(alone, taps, ("plain",), len(places)),
         _describe(both, taps, ("plain", "mirror"), len(places)),
     )
 
 
-def _describe(head: FittedHead, taps: Sequence[str], views: Sequence[View], pictures: int) -> Variant:
+def _describe(head: FittedHead, taps: Sequence[str], views: Sequence[ViewName], pictures: int) -> Variant:
     best = head.candidates[0]
     right = metrics.wilson(round(best.accuracy * len(head.rows)), len(head.rows))
     return Variant(tuple(taps), tuple(views), best.kind, best.log_loss, right.value, right.low, right.high, pictures)
 
 
-def draw_curve(table: Table, matrix: NDArray[np.float32], whole: FittedHead) -> Curve | None:
-    """The learning curve of one kind of head, and what it foretells; None where there are too few pictures.
+def draw_curve(table: Table, matrix: NDArray[np.float32], whole: Variant) -> Curve | None:
+    """The learning curve of logistic regression, and what it foretells; None where there are too few pictures.
 
     Heads are fitted on an eighth, a quarter and half of the pictures and measured on the others. The error is taken
     to fall as a power of the number (Hestness et al., 2017). The curve of these three is held against what
     cross-validation gave with nearly all: that is its check.
+
+    Args:
+        table: the pictures.
+        matrix: their features, (n, dim).
+        whole: what cross-validation gave for these features.
     """
-    n = len(table.samples)
-    if table.dataset.task != "single" or n * SHARES[0] < max(ENOUGH, 2 * len(table.dataset.classes)):
+    table, chosen = table.part(PICTURES / len(table.samples))
+    matrix, n, classes = matrix[chosen], len(table.samples), table.dataset.classes
+    if table.dataset.task != "single" or n * SHARES[0] < max(ENOUGH, 2 * len(classes)):
         return None
-    targets = evaluation.encode(table.samples, table.dataset.classes).argmax(1)
+    targets = evaluation.encode(table.samples, classes).argmax(1)
     points: list[tuple[int, float]] = []
     for share in SHARES:
         some, places = table.part(share)
-        if len({sample.labels for sample in some.samples}) < len(table.dataset.classes):
+        if len({sample.labels for sample in some.samples}) < len(classes):
             return None
-        head = some.fit(matrix[places], (whole.kind,))
+        head = some.fit(matrix[places], KIND)
         others = np.setdiff1d(np.arange(n), places)
-        points.append((len(places), _error(fitting.answer(head.module, matrix[others]).argmax(1) != targets[others])))
-    measured = _error(whole.logits.argmax(1) != targets[whole.rows])
+        wrong = bench.answer(head.module, matrix[others]).argmax(1) != targets[others]
+        points.append((len(places), _error(int(wrong.sum()), len(others))))
     trained = round(n * (1 - 1 / table.phase.folds))
+    measured = _error(round((1 - whole.accuracy) * n), n)
     foretold = _follow(points, trained)
     doubled = _follow([*points, (trained, measured)], 2 * trained)
     return Curve(tuple(points), trained, measured, foretold, doubled)
 
 
-def _error(wrong: NDArray[np.bool_]) -> float:
+def _error(wrong: int, pictures: int) -> float:
     """The share of wrong answers; with none, half a picture counts as wrong, as a power law has no zero."""
-    return float((wrong.sum() + 0.5) / (len(wrong) + 1))
+    return (wrong + 0.5) / (pictures + 1)
 
 
 def _follow(points: Sequence[tuple[int, float]], pictures: int) -> float:

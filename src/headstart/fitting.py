@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -22,7 +21,6 @@ from torch import Tensor, nn
 from headstart import (
     augmentation,
     checkpoints,
-    embedders,
     evaluation,
     heads,
     metrics,
@@ -34,19 +32,17 @@ from headstart import (
 )
 from headstart import config as configs
 from headstart.backbones import Backbone
-from headstart.blocks import Block, find_blocks
+from headstart.bench import Bench, answer, embed
 from headstart.config import RunConfig
 from headstart.data import Dataset, Sample
-from headstart.engine import Adapted, Training
+from headstart.engine import Adapted
 from headstart.errors import UsageError
 from headstart.heads import FittedHead
 from headstart.history import open_history, summarise
 from headstart.images import Limits
-from headstart.loading import Album
-from headstart.material import Material, draw_windows, make_window
+from headstart.material import draw_windows, make_window
 from headstart.model import Classifier
 from headstart.plan import FitHead, Layout, Plan, Train
-from headstart.processes import World
 from headstart.runs import RunFolder
 
 log = logging.getLogger(__name__)
@@ -75,179 +71,6 @@ def fit_heads(
     targets = evaluation.encode(fitted, dataset.classes)
     single = dataset.task == "single"
     return heads.fit_head(matrix, targets.argmax(1) if single else targets, folds, len(dataset.classes), phase.heads)
-
-
-@dataclass(frozen=True, eq=False)
-class Bench:
-    """All that training phases work on.
-
-    Args:
-        dataset: the data, with roles.
-        backbone: where training starts from.
-        device: that it runs on.
-        precision: of the features by which a model is measured: that of prediction.
-        limits: what pictures are too large to be opened.
-        room_bytes: memory for decoded pictures.
-        seed: of everything random.
-        world: this process among others.
-        rows: pictures -> their features (n, dim), where a phase needs them.
-    """
-
-    dataset: Dataset
-    backbone: Backbone
-    device: torch.device
-    precision: str
-    limits: Limits
-    room_bytes: int
-    seed: int
-    world: World
-    rows: Callable[[Sequence[Sample]], NDArray[np.float32]]
-
-    @functools.cached_property
-    def blocks(self) -> tuple[Block, ...]:
-        """The backbone's blocks."""
-        return find_blocks(self.backbone.network, self.backbone.spec.preprocess.size)
-
-    @functools.cached_property
-    def dim(self) -> int:
-        """How many features the backbone gives."""
-        size = self.backbone.spec.preprocess.size
-        with torch.no_grad():
-            return int(self.backbone.network(torch.zeros(1, 3, size, size)).shape[1])
-
-    def begin(self, phase: Train, head: FittedHead | None) -> Adapted:
-        """A model to be trained, on the device: the backbone, or nothing in its place on features, and a head.
-
-        The head's temperature is divided out of a fitted one, so that training starts from calibrated logits.
-        """
-        settings = phase.settings
-        body = nn.Identity() if phase.on == "features" else copy.deepcopy(self.backbone.network)
-        if head is not None:
-            last = copy.deepcopy(head.module)
-            with torch.no_grad():
-                for parameter in last.parameters():
-                    parameter.div_(head.temperature)
-        else:
-            with torch.random.fork_rng([]):
-                torch.manual_seed(self.seed)
-                last = heads.make_head(
-                    settings.head, self.dim, len(self.dataset.classes), settings.hidden, settings.dropout
-                )
-        return Adapted(body, last).to(self.device)
-
-    def start(self, phase: Train, number: int, adapted: Adapted, folder: Path | None) -> Training:
-        """A phase, ready to run.
-
-        Raises:
-            UsageError: where its settings do not fit the network or the task.
-        """
-        samples = self.dataset.of_role("fit")
-        select = self.dataset.of_role("select")
-        on_features = phase.on == "features"
-        validate = self._judge_features(select) if on_features else self._judge_pictures(select)
-        material = self._features(samples) if on_features else self._pictures(samples, phase)
-        return Training(
-            adapted,
-            () if on_features else self.blocks,
-            phase.settings,
-            phase.layout,
-            material,
-            validate,
-            seed=self.seed,
-            phase=number,
-            folder=folder,
-            world=self.world,
-        )
-
-    def _pictures(self, samples: Sequence[Sample], phase: Train) -> Material:
-        preprocess, settings = self.backbone.spec.preprocess, phase.settings
-        varied = augmentation.parse(settings.augment, settings.symmetry, preprocess.size)
-        album = self.album(samples)
-        return Material(
-            lambda draw, epoch: album.vary(draw, varied, self.seed, epoch),
-            preprocess.normalise,
-            evaluation.encode(samples, self.dataset.classes),
-            self.dataset.task,
-        )
-
-    def _features(self, samples: Sequence[Sample]) -> Material:
-        matrix = self.rows(samples)
-        targets = evaluation.encode(samples, self.dataset.classes)
-        return Material(lambda draw, _: matrix[draw.sample], lambda rows: rows, targets, self.dataset.task)
-
-    @functools.cached_property
-    def _albums(self) -> dict[tuple[Sample, ...], Album]:
-        return {}
-
-    def album(self, samples: Sequence[Sample]) -> Album:
-        """Pictures to be opened again and again, the same for all phases; those of the report are not kept."""
-        key = tuple(samples)
-        if key not in self._albums:
-            kept = any(sample.role != "report" for sample in key)
-            room = self.room_bytes // 2 // self.world.size if kept else 0
-            paths = [self.dataset.path(sample.source) for sample in key]
-            self._albums[key] = Album(paths, self.backbone.spec.preprocess, self.limits, room)
-        return self._albums[key]
-
-    def _judge_pictures(self, samples: Sequence[Sample]) -> Callable[[Adapted, Callable[[], None]], dict[str, float]]:
-        album = self.album(samples)
-
-        def judge(adapted: Adapted, check: Callable[[], None]) -> dict[str, float]:
-            check()
-            backbone = Backbone.of(self.backbone.spec, adapted.backbone)
-            matrix = embed(backbone, album, self.device, self.precision, self.world, check)
-            return self._score(adapted, matrix, samples)
-
-        return judge
-
-    def _judge_features(self, samples: Sequence[Sample]) -> Callable[[Adapted, Callable[[], None]], dict[str, float]]:
-        matrix = self.rows(samples)
-        return lambda adapted, check: self._score(adapted, matrix, samples)
-
-    def _score(self, adapted: Adapted, matrix: NDArray[np.float32], samples: Sequence[Sample]) -> dict[str, float]:
-        with torch.inference_mode():
-            logits = adapted.head(torch.from_numpy(matrix).to(self.device)).float().cpu().numpy()
-        return evaluation.score(logits, samples, self.dataset.classes, self.dataset.task)
-
-
-def embed(
-    backbone: Backbone,
-    album: Album,
-    device: torch.device,
-    precision: str,
-    world: World = World(),
-    check: Callable[[], None] = lambda: None,
-) -> NDArray[np.float32]:
-    """Features (n, dim) of an album's evaluation views, in order; every process computes a share and gets all.
-
-    Args:
-        backbone: the network, in evaluation mode.
-        album: the pictures.
-        device: that it runs on.
-        precision: number format.
-        world: this process among others.
-        check: called between batches.
-    """
-    embedder = embedders.prepare(backbone, device, precision)
-    rows, parts = world.share(range(len(album))), []
-    for part in album.embed(rows, embedder):
-        parts.append(part)
-        check()
-    if world.size == 1:
-        return np.concatenate(parts)
-    dim = torch.tensor(parts[0].shape[1] if parts else 0, device=device)
-    matrix = torch.zeros(len(album), int(world.most(dim)), device=device)
-    if parts:
-        matrix[list(rows)] = torch.from_numpy(np.concatenate(parts)).to(device)
-    whole: NDArray[np.float32] = world.sum(matrix).cpu().numpy()
-    return whole
-
-
-def answer(head: nn.Module, features: NDArray[np.float32]) -> NDArray[np.float32]:
-    """A head's logits (n, classes) for features (n, dim)."""
-    with torch.inference_mode():
-        logits: NDArray[np.float32] = head(torch.from_numpy(features)).numpy()
-    return logits
 
 
 def finish(bench: Bench, adapted: Adapted, provenance: Mapping[str, Any]) -> Classifier:
@@ -394,7 +217,7 @@ def train_phases(folder: RunFolder, chosen: Plan, bench: Bench, head: FittedHead
                 assert isinstance(phase, Train)
             training = bench.start(phase, number, adapted, folder.path)
             if folder.writes and phase.on == "pictures" and not (folder.path / BATCH).exists():
-                draw_batch(training, bench, folder.path / BATCH)
+                draw_batch(bench, phase, folder.path / BATCH)
             log.info("training %s of %s parameters", *map("{:,}".format, (training.trainable, count_all(adapted))))
             for record in track(training.run(), training.count_left()):
                 history.add(record)
@@ -409,9 +232,9 @@ def count_all(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def draw_batch(training: Training, bench: Bench, file: Path) -> None:
+def draw_batch(bench: Bench, phase: Train, file: Path) -> None:
     """Draw the first batch of a phase as the network sees it: varied, mixed, normalised and back."""
-    material, settings = training.material, training.settings
+    material, settings = bench.show_pictures(bench.dataset.of_role("fit"), phase), phase.settings
     windows = draw_windows(material, settings, bench.seed, 0)
     batch = make_window(material, settings, bench.seed, 0, 0, windows).batches[0]
     seen = material.normalise(torch.from_numpy(batch.pixels))

@@ -23,6 +23,8 @@ KINDS = ("logistic", "svm", "means", "knn")
 # Strengths are tuned on at most so many pictures: more move the choice little and cost much.
 TUNING_PICTURES = 10_000
 HISTORY, MOST_STEPS, MOST_HALVINGS, TOLERANCE = 10, 300, 12, 1e-7  # of L-BFGS
+QUIET_STEPS = 2  # after so many steps without a gain a fold stands still
+NOISE = 1e-7  # of a mean of losses in float32, whose logits have seven digits
 
 
 class NearestNeighbours(nn.Module):
@@ -288,25 +290,27 @@ def _minimise(problem: _Problem, loss: Loss, strength: float, start: Tensor | No
     weights = torch.zeros(shape) if start is None else start.expand(shape).clone()
     value, gradient = evaluate(weights)
     history: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=HISTORY)
-    quiet = 0
+    quiet = torch.zeros(shape[1])  # steps without a gain, by fold
     for _ in range(MOST_STEPS):
+        active = quiet < QUIET_STEPS
         direction = _direction(gradient, history)
         slope = _dot(direction, gradient)
         length = torch.ones(shape[1]) if history else 1 / _dot(gradient, gradient).sqrt().clamp_min(1)
+        length = length * active
         for _ in range(MOST_HALVINGS):
             moved = weights + length[:, None] * direction
             new_value, new_gradient = evaluate(moved)
             # What float32 cannot tell apart counts as no rise.
-            risen = new_value > value + 1e-4 * length * slope + 1e-7 * value.abs()
+            risen = new_value > value + 1e-4 * length * slope + NOISE * (1 + value.abs())
             if not risen.any():
                 break
             length = torch.where(risen, length / 2, length)
         change, bend = moved - weights, new_gradient - gradient
         curvature = _dot(change, bend)
         history.append((change, bend, torch.where(curvature > 1e-12, 1 / curvature, 0.0)))
-        quiet = quiet + 1 if bool((value - new_value <= TOLERANCE * new_value.abs()).all()) else 0
+        quiet = torch.where(value - new_value <= TOLERANCE * (0.1 + new_value.abs()), quiet + 1, quiet * ~active)
         weights, value, gradient = moved, new_value, new_gradient
-        if quiet == 2:
+        if bool((quiet >= QUIET_STEPS).all()):
             break
     return weights
 

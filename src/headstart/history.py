@@ -42,9 +42,12 @@ class History:
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
         except OSError as error:
-            why = f"cannot be written ({error.strerror})"
+            name, why = self._file.name, f"cannot be written ({error.strerror})"
+            with contextlib.suppress(OSError):  # it would fail for the same reason
+                self._file.close()
+            self._file = None
             remedy = "Free some space and give the same command: the last good checkpoint is kept."
-            raise TrainingError(self._file.name, why, remedy) from error
+            raise TrainingError(name, why, remedy) from error
         self._show(row)
 
     def _show(self, row: Row) -> None:

@@ -37,10 +37,9 @@ def focal(
     One label a picture: of the softmax, summed over classes. Several: of each logit's sigmoid, mean over classes.
     """
     if multi:
-        terms = functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+        terms = functional.binary_cross_entropy_with_logits(logits, targets, pos_weight=weights, reduction="none")
         right = logits.sigmoid() * targets + (1 - logits.sigmoid()) * (1 - targets)
-        terms = terms * (1 - right).clamp(min=SURE) ** gamma
-        return (terms if weights is None else terms * (1 + (weights - 1) * targets)).mean(1)
+        return (terms * (1 - right).clamp(min=SURE) ** gamma).mean(1)
     log_probabilities = functional.log_softmax(logits, 1)
     terms = -targets * (1 - log_probabilities.exp()).clamp(min=SURE) ** gamma * log_probabilities
     return (terms if weights is None else terms * weights).sum(1)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from headstart.images import View
 
 HEADS = ("logistic", "svm", "means", "knn")
+DEEP_HEADS = ("logistic", "means")  # on features of several depths: the others take long and were never the best
 KNN_PICTURES = 20_000  # with more, a model that holds all training features is no longer small
 FINAL = "final"  # the network's own features, among those of several depths
 # The cheaper of two variants is taken unless the other's log-loss is lower by more than this share.
@@ -97,6 +98,7 @@ class Situation:
     device: str
     precision: str  # of features and predictions
     layout: Layout | None = None  # the fastest for training, where weights are trained
+    evidence: Evidence | None = None  # where it was gathered
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,8 @@ class FitHead:
 
     heads: tuple[str, ...]
     folds: int
+    taps: tuple[str, ...] = (FINAL,)  # depths that the features are of
+    views: tuple[View, ...] = ("plain",)
     phase: Literal["fit_head"] = "fit_head"
 
 
@@ -147,6 +151,11 @@ def trains(config: RunConfig) -> bool:
     return config.train.strategy not in ("auto", "probe") or config.engine.head != "linear"
 
 
+def gathers_evidence(config: RunConfig) -> bool:
+    """Whether depths and views are chosen by evidence: where the strategy is, and no head is asked for by name."""
+    return config.train.strategy == "auto" and not trains(config) and not config.model.taps
+
+
 def needs_features(config: RunConfig) -> bool:
     """Whether a phase works on the pretrained network's features."""
     strategy = config.train.strategy
@@ -187,7 +196,7 @@ def _check(situation: Situation, strategy: Strategy, config: RunConfig) -> None:
     for name, value in (("taps", config.model.taps), ("heads", config.train.heads)):
         if value and trains(config) and not (name == "heads" and strategy == "lp-ft"):
             why = f"has no effect with strategy {strategy} and --head {engine.head}: no head is fitted on features"
-            raise UsageError(name, why, "Give --strategy probe.")
+            raise UsageError(name, why, "Leave --head out." if strategy == "probe" else "Give --strategy probe.")
     if situation.task == "multi" and engine.loss in ("cross-entropy", "nll"):
         raise UsageError("loss", f"{engine.loss} is for one label a picture", "Give bce-with-logits or focal.")
     if strategy == "lp-ft" and engine.head != "linear":
@@ -224,6 +233,9 @@ def _check_company(strategy: Strategy, engine: EngineConfig) -> None:
     for name in ("head_epochs", "head_rate"):
         if name in changed and strategy != "two-stage":
             raise UsageError(name, f"has no effect with strategy {strategy}", "Give --strategy two-stage.")
+    if engine.cached_views and (not engine.freeze or engine.unfreeze_epochs or engine.mixup or engine.cutmix):
+        why = "keeps what frozen blocks give, and needs --freeze without unfreezing, mixup or cutmix"
+        raise UsageError("cached_views", why, "Give --freeze, a number of blocks or a name, or leave it out.")
     if engine.unfreeze_epochs and not engine.freeze:
         raise UsageError("unfreeze_epochs", "has no effect where nothing is frozen", "Give --freeze all, or a block.")
     rates = [entry.partition("=")[2].strip() for entry in engine.rates.split(",") if entry.strip()]
@@ -264,7 +276,14 @@ def _plan_head(s: Situation, config: RunConfig, linear: bool, reasons: list[str]
     if s.folds < config.train.folds:
         cause = f"the smallest class has {s.smallest_class}" if s.smallest_class <= s.folds else "groups allow no more"
         reasons.append(f"{s.folds} folds instead of {config.train.folds}: {cause}")
-    return FitHead(heads, s.folds)
+    if s.evidence is None:
+        return FitHead(heads, s.folds)
+    variant = choose_variant(s.evidence.variants)
+    mirrored = s.evidence.mirror is not None and is_mirror_worth(s.evidence.mirror)
+    reasons += describe_evidence(s.evidence)
+    if variant.taps != (FINAL,):
+        heads = tuple(head for head in heads if head in DEEP_HEADS) or heads
+    return FitHead(heads, s.folds, variant.taps, ("plain", "mirror") if mirrored else ("plain",))
 
 
 def choose_variant(variants: Sequence[Variant]) -> Variant:
@@ -272,6 +291,33 @@ def choose_variant(variants: Sequence[Variant]) -> Variant:
     best = min(variants, key=lambda variant: variant.log_loss)
     final = next(variant for variant in variants if variant.taps == (FINAL,))
     return final if final.log_loss <= best.log_loss * (1 + WORTH_DEPTH) else best
+
+
+def describe_evidence(evidence: Evidence) -> list[str]:
+    """What was found, in words and numbers."""
+    lines = [f"{variant}, log-loss {variant.log_loss:.3f}" for variant in evidence.variants]
+    lines.append(
+        f"distance from the pretraining pictures {evidence.distance:.2f}, of 0 to 1: {_name(evidence.distance)}"
+    )
+    if evidence.mirror is not None:
+        alone, both = (variant.log_loss for variant in evidence.mirror)
+        verdict = "taken" if is_mirror_worth(evidence.mirror) else "not worth a second pass"
+        lines.append(f"mirror images: log-loss {alone:.3f} without, {both:.3f} with them: {verdict}")
+    curve = evidence.curve
+    if curve is not None:
+        lines.append(
+            f"accuracy with {2 * curve.pictures} pictures for training: {1 - curve.doubled:.3f} foretold, "
+            f"{1 - curve.measured:.3f} with {curve.pictures}, where the curve up to half of them foretold "
+            f"{1 - curve.foretold:.3f}"
+        )
+    return lines
+
+
+def _name(distance: float) -> str:
+    """A distance in words."""
+    if distance < 0.05:
+        return "the final features say all"
+    return "earlier features help" if distance < 0.3 else "the pictures are of another kind"
 
 
 def is_mirror_worth_trying(best: Variant, symmetry: str) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -110,9 +111,8 @@ def leave() -> None:
 
 def speaks_first(rank: int) -> bool:
     """Whether this process is the first to fail: the others then fail for the same reason, or for its absence."""
-    from torch import distributed
-
-    if not (distributed.is_available() and distributed.is_initialized()):
+    distributed: Any = sys.modules.get("torch.distributed")  # torchrun does not wait until torch is imported
+    if distributed is None or not (distributed.is_available() and distributed.is_initialized()):
         return rank == 0
     store = distributed.distributed_c10d._get_default_store()
     return bool(store.add("headstart/failed", 1) == 1)

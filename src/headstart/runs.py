@@ -19,7 +19,7 @@ from headstart.files import write_whole
 
 LOCK = ".lock"
 # Settings that change how fast a result comes, not what it is.
-_FREE = {"cache", "checkpoint_minutes", "memory_mebibytes", "tensorboard"}
+_FREE = {"cache", "checkpoint_minutes", "memory_mebibytes", "disk_mebibytes", "tensorboard"}
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,6 @@ def open_run(
     path = Path(out) if out is not None else _next_folder(data, facts, config)
     with _locked(path):
         folder = RunFolder(path)
-        for file in path.glob(".*.partial"):  # left behind where a process was killed while writing
-            file.unlink(missing_ok=True)
         if (path / "config.toml").exists():
             different = differences(folder, facts, config)
             if different:
@@ -109,6 +107,8 @@ def open_run(
             raise RunError(path, "holds files that are no run's", "Give --out a new or empty folder.")
         else:
             folder.write_text("config.toml", configs.to_toml(config, facts))
+        for file in path.glob(".*.partial"):  # left behind where a process was killed while writing
+            file.unlink(missing_ok=True)
         try:
             yield folder
         except HeadstartError as error:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headstart.blocks import Block, find_blocks, list_names
+from headstart.blocks import find_blocks, find_end, list_names
 from headstart.config import did_you_mean
 from headstart.errors import UsageError
 from headstart.plan import FINAL
@@ -44,7 +44,7 @@ class Tapped(nn.Module):
         self._caught: dict[int, dict[str, Tensor]] = {}
         for tap in taps:
             if tap != FINAL:
-                module = inner.get_submodule(_end_of(inner, blocks[tap]))
+                module = inner.get_submodule(find_end(inner, blocks[tap]))
                 module.register_forward_hook(_Catch(self._caught, tap))
 
     def forward(self, pictures: Tensor) -> Tensor:
@@ -92,9 +92,3 @@ def pool(output: Tensor, channels_last: bool = False) -> Tensor:
     if output.ndim == 4:
         return output.mean((1, 2) if channels_last else (2, 3))
     return output.mean(1) if output.ndim == 3 else output
-
-
-def _end_of(network: nn.Module, block: Block) -> str:
-    """The module whose output is the block's: the block itself, or the last of the layers that make it up."""
-    name = block.name.removeprefix("backbone.")
-    return name if any(network.get_submodule(name).children()) else block.modules[-1]

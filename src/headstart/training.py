@@ -16,19 +16,20 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from headstart import archives, backbones, checkpoints, loading, plan, processes, quality, reading, runs, splits, views
+from headstart import archives, checkpoints, loading, plan, processes, quality, reading, runs, splits, views
 from headstart import config as configs
 from headstart.backbones import Backbone
 from headstart.config import RunConfig
 from headstart.data import Dataset, Sample, count_classes
 from headstart.errors import ConfigError, DataError, RunError
 from headstart.features import Survey, Track
+from headstart.networks import Network, find_network
 from headstart.plan import FitHead, Layout, Plan, Situation
 from headstart.processes import World
 from headstart.quality import Audit
@@ -37,8 +38,9 @@ from headstart.views import View
 from headstart.zoo import Spec
 
 if TYPE_CHECKING:
+    from headstart.bench import Bench
     from headstart.evaluation import Evaluation
-    from headstart.fitting import Bench
+    from headstart.evidence import Sight
     from headstart.model import Classifier
 
 log = logging.getLogger(__name__)
@@ -96,9 +98,9 @@ def train(
     with _open(out, path, dataset, resolved, resume, world) as folder:
         if folder.finished:
             if folder.writes:
-                checkpoints.remove(folder.path)  # of a run that was killed after its last file
+                _tidy(folder)  # where a run was killed after its last file
             return None
-        network = _find_network(resolved)
+        network = find_network(resolved)
         try:
             return _conduct(folder, dataset, network, resolved, track if world.first else _quietly, world)
         except KeyboardInterrupt:
@@ -109,18 +111,19 @@ def train(
             raise
 
 
-def _conduct(
-    folder: RunFolder, given: Dataset, network: _Network, config: RunConfig, track: Track, world: World
-) -> Run:
+def _conduct(folder: RunFolder, given: Dataset, network: Network, config: RunConfig, track: Track, world: World) -> Run:
     """The run, from the first picture to the last file; `metrics.json` comes last and marks it as finished."""
     clock = _Clock()
     view = _look(folder, given, network, config, track, world)
     clock.mark("pictures")
-    from headstart import evaluation, fitting
+    from headstart import evaluation
+    from headstart.bench import embed
 
     audit, dataset = _deal(given, view.survey, config)
-    bench = _set_up(dataset, network, view, config, world)
-    chosen = _decide(folder, bench, audit, config, view)
+    sight = _weigh(dataset, network, view, audit, config, track, world)
+    clock.mark("evidence")
+    bench = _set_up(dataset, network, view, sight, config, world)
+    chosen = _decide(folder, bench, audit, config, view, sight)
     folder.write_json("audit.json", audit.to_json())
     folder.write_text("split.csv", splits.to_csv(dataset))
     clock.mark("audit")
@@ -128,10 +131,10 @@ def _conduct(
     clock.mark("training" if chosen.trains else "heads")
     report = dataset.of_role("report")
     if classifier.backbone is bench.backbone:
-        rows = view.rows(report)
+        rows = sight.rows(report).reshape(len(report), -1)
     else:
         album = bench.album(report)
-        rows = fitting.embed(classifier.backbone, album, bench.device, bench.precision, world)
+        rows = embed(classifier.backbone, album, bench.device, bench.precision, world)
     assess = functools.partial(
         evaluation.assess, role="report", resamples=config.evaluate.resamples, seed=config.train.seed
     )
@@ -159,7 +162,14 @@ def _write(folder: RunFolder, run: Run, spec: Spec, view: View) -> None:
     if run.plan.trains:
         _draw_curves(folder)
     folder.write_json("metrics.json", measured)
+    _tidy(folder)
+
+
+def _tidy(folder: RunFolder) -> None:
+    """Take away what a run needs only to go on."""
     checkpoints.remove(folder.path)
+    for file in folder.path.glob("activations-*.npy"):
+        file.unlink()
 
 
 def _draw_curves(folder: RunFolder) -> None:
@@ -251,35 +261,6 @@ def _read(data: Data, config: RunConfig, classes: Sequence[str] | None = None) -
     return reading.read(data, config.data, classes), Path(data)
 
 
-@dataclass(frozen=True, eq=False)
-class _Network:
-    """What a run starts from."""
-
-    spec: Spec
-    load: Callable[[], Backbone]
-
-
-def _find_network(config: RunConfig) -> _Network:
-    """The network of the settings; weights that do not fit are found before long work."""
-    name, file = config.model.backbone, config.model.weights
-    taps = tuple(filter(None, (tap.strip() for tap in config.model.taps.split(","))))
-    wanted = functools.partial(Spec.adapted, size=config.model.size, fit=config.model.fit, taps=taps)
-    if config.train.strategy == "scratch":
-        untrained = backbones.untrained(name, config.train.seed, file)
-        untrained = Backbone.of(wanted(untrained.spec), untrained.network)
-        return _Network(untrained.spec, lambda: untrained)
-    located = backbones.locate(name, file)
-    for note in located.notes:
-        log.info("weights: %s", note)
-    located = dataclasses.replace(located, spec=wanted(located.spec))
-    load = functools.cache(lambda: backbones.load(located))
-    if taps:
-        _ = load().network
-    elif not located.packaged:
-        load()
-    return _Network(located.spec, load)
-
-
 @contextlib.contextmanager
 def _open(
     out: str | os.PathLike[str] | None, path: Path, dataset: Dataset, config: RunConfig, resume: bool, world: World
@@ -304,7 +285,7 @@ def _quietly(items: Iterable[T], total: int) -> Iterable[T]:
     return items
 
 
-def _look(folder: RunFolder, given: Dataset, network: _Network, config: RunConfig, track: Track, world: World) -> View:
+def _look(folder: RunFolder, given: Dataset, network: Network, config: RunConfig, track: Track, world: World) -> View:
     """The facts of all pictures, and their features where a phase needs them."""
     spare = folder.path / "cache"
     if plan.needs_features(config):
@@ -336,30 +317,50 @@ def _deal(given: Dataset, survey: Survey, config: RunConfig) -> tuple[Audit, Dat
     return audit, dataset
 
 
-def _set_up(dataset: Dataset, network: _Network, view: View, config: RunConfig, world: World) -> Bench:
+def _weigh(
+    dataset: Dataset, network: Network, view: View, audit: Audit, config: RunConfig, track: Track, world: World
+) -> Sight:
+    """The depths and views that heads are fitted on: chosen by evidence, or as the settings say."""
+    from headstart import evidence
+
+    if network.depths is None:
+        return evidence.Sight(network.spec, None, view.rows)
+    phase = plan.decide(_situate(dataset, audit, config, view), config).phases[0]
+    assert isinstance(phase, FitHead)
+    fitted = (*dataset.of_role("fit"), *dataset.of_role("select"))
+    table = evidence.Table(fitted, dataset, audit.groups, phase, config.train.seed)
+
+    def look(spec: Spec, samples: Sequence[Sample]) -> View:
+        backbone = Backbone(spec, network.load().state_dict())
+        return views.look(dataset.with_samples(samples), spec, lambda: backbone, config, track, world=world)
+
+    return evidence.gather(table, network.depths, network.spec, view.rows, look, config.engine.symmetry)
+
+
+def _set_up(dataset: Dataset, network: Network, view: View, sight: Sight, config: RunConfig, world: World) -> Bench:
     import torch
 
-    from headstart.fitting import Bench
+    from headstart.bench import Bench
 
     room = config.engine.memory_mebibytes * 2**20
     return Bench(
         dataset,
-        network.load(),
+        network.load() if sight.spec == network.spec else Backbone(sight.spec, network.load().state_dict()),
         torch.device(view.device),
         view.precision,
         views.limits_of(config),
         room,
         config.train.seed,
         world,
-        view.rows,
+        sight.rows,
     )
 
 
-def _decide(folder: RunFolder, bench: Bench, audit: Audit, config: RunConfig, view: View) -> Plan:
-    """The plan, written; an interrupted run's layout is kept, as another one would end with other bits."""
-    dataset, trains = bench.dataset, plan.trains(config)
+def _situate(dataset: Dataset, audit: Audit, config: RunConfig, view: View) -> Situation:
+    """The facts that a plan is made from."""
+    trains = plan.trains(config)
     fitted = dataset.of_role("fit") if trains else (*dataset.of_role("fit"), *dataset.of_role("select"))
-    situation = Situation(
+    return Situation(
         dataset.task,
         len(dataset.classes),
         len(fitted),
@@ -370,6 +371,12 @@ def _decide(folder: RunFolder, bench: Bench, audit: Audit, config: RunConfig, vi
         view.precision,
         Layout("float32", False) if trains else None,  # until it is measured
     )
+
+
+def _decide(folder: RunFolder, bench: Bench, audit: Audit, config: RunConfig, view: View, sight: Sight) -> Plan:
+    """The plan, written; an interrupted run's layout is kept, as another one would end with other bits."""
+    dataset, trains = bench.dataset, plan.trains(config)
+    situation = dataclasses.replace(_situate(dataset, audit, config, view), evidence=sight.evidence)
     chosen = plan.decide(situation, config)
     if trains:
         from headstart import fitting

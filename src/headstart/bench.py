@@ -1,0 +1,268 @@
+"""What training phases work on: pictures, features or kept activations of one run, and how a model is judged."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from headstart import (
+    augmentation,
+    embedders,
+    evaluation,
+    heads,
+    prefix,
+)
+from headstart.augmentation import Augmentation
+from headstart.backbones import Backbone
+from headstart.blocks import Block, count_frozen, find_blocks
+from headstart.data import Dataset, Role, Sample
+from headstart.engine import Adapted, Training
+from headstart.heads import FittedHead
+from headstart.images import Limits
+from headstart.loading import Album
+from headstart.material import Material
+from headstart.plan import Train
+from headstart.processes import World
+from headstart.sampling import Draw
+
+Judge = Callable[[Adapted, Callable[[], None]], dict[str, float]]
+KEPT_BATCH = 32  # kept activations that are looked at together
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """All that training phases work on.
+
+    Args:
+        dataset: the data, with roles.
+        backbone: where training starts from.
+        device: that it runs on.
+        precision: of the features by which a model is measured: that of prediction.
+        limits: what pictures are too large to be opened.
+        room_bytes: memory for decoded pictures.
+        seed: of everything random.
+        world: this process among others.
+        rows: pictures -> their features (n, dim), where a phase needs them.
+    """
+
+    dataset: Dataset
+    backbone: Backbone
+    device: torch.device
+    precision: str
+    limits: Limits
+    room_bytes: int
+    seed: int
+    world: World
+    rows: Callable[[Sequence[Sample]], NDArray[np.float32]]
+
+    @functools.cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """The backbone's blocks."""
+        return find_blocks(self.backbone.network, self.backbone.spec.preprocess.size)
+
+    @functools.cached_property
+    def dim(self) -> int:
+        """How many features the backbone gives."""
+        size = self.backbone.spec.preprocess.size
+        with torch.no_grad():
+            return int(self.backbone.network(torch.zeros(1, 3, size, size)).shape[1])
+
+    def begin(self, phase: Train, head: FittedHead | None) -> Adapted:
+        """A model to be trained, on the device: the backbone, or nothing in its place on features, and a head.
+
+        The head's temperature is divided out of a fitted one, so that training starts from calibrated logits.
+        """
+        settings = phase.settings
+        body = nn.Identity() if phase.on == "features" else copy.deepcopy(self.backbone.network)
+        if head is not None:
+            last = copy.deepcopy(head.module)
+            with torch.no_grad():
+                for parameter in last.parameters():
+                    parameter.div_(head.temperature)
+        else:
+            with torch.random.fork_rng([]):
+                torch.manual_seed(self.seed)
+                last = heads.make_head(
+                    settings.head, self.dim, len(self.dataset.classes), settings.hidden, settings.dropout
+                )
+        return Adapted(body, last).to(self.device)
+
+    def start(self, phase: Train, number: int, adapted: Adapted, folder: Path | None) -> Training:
+        """A phase, ready to run.
+
+        Raises:
+            UsageError: where its settings do not fit the network or the task.
+        """
+        samples = self.dataset.of_role("fit")
+        select = self.dataset.of_role("select")
+        blocks, settings = self.blocks if phase.on == "pictures" else (), phase.settings
+        if phase.on == "features":
+            material, validate = self._features(samples), self._judge_features(select)
+        else:
+            material, validate = self.show_pictures(samples, phase), self._judge_pictures(select)
+            short = self._shorten(phase, number, adapted, folder)
+            if short is not None:
+                adapted, stored, judged = short
+                material = dataclasses.replace(material, show=prefix.show_kept(stored), normalise=Tensor.float)
+                validate = self._judge_kept(select, judged)
+                blocks = blocks[count_frozen(blocks, settings.freeze) :]
+                settings = dataclasses.replace(settings, freeze="")
+        return Training(
+            adapted,
+            blocks,
+            settings,
+            phase.layout,
+            material,
+            validate,
+            seed=self.seed,
+            phase=number,
+            folder=folder,
+            world=self.world,
+        )
+
+    def _shorten(
+        self, phase: Train, number: int, adapted: Adapted, folder: Path | None
+    ) -> tuple[Adapted, NDArray[np.float16], NDArray[np.float16]] | None:
+        """(the model without its frozen prefix, what that gives for `fit` and `select`); None where it is to run.
+
+        The short model's modules are the whole one's: what it learns, the whole one knows.
+        """
+        settings, spec = phase.settings, self.backbone.spec
+        frozen = count_frozen(self.blocks, settings.freeze)
+        if not settings.cached_views or not frozen or folder is None:
+            return None
+        parts = prefix.cut(adapted.backbone, self.blocks, frozen, spec.preprocess.size)
+        if parts is None:
+            return None
+        embedder = embedders.prepare(Backbone.of(spec, parts.prefix), self.device, self.precision)
+        varied = augmentation.parse(settings.augment, settings.symmetry, spec.preprocess.size)
+        plain = augmentation.parse("none", settings.symmetry, spec.preprocess.size)
+        stored = []
+        roles: dict[Role, tuple[int, Augmentation]] = {"fit": (settings.cached_views, varied), "select": (1, plain)}
+        for role, (views, variation) in roles.items():
+            file, album = folder / f"activations-{number}-{role}.npy", self.album(self.dataset.of_role(role))
+            limit, kept = settings.disk_mebibytes * 2**20, None
+            if self.world.first:
+                kept = prefix.keep(file, album, variation, embedder, self.seed, views, limit)
+            if not self.world.tell(kept is not None):
+                return None
+            stored.append(np.load(file, mmap_mode="r"))
+        return Adapted(parts.suffix, adapted.head), stored[0], stored[1]
+
+    def show_pictures(self, samples: Sequence[Sample], phase: Train) -> Material:
+        """What a phase is shown of pictures, varied as its settings say."""
+        preprocess, settings = self.backbone.spec.preprocess, phase.settings
+        varied, views = augmentation.parse(settings.augment, settings.symmetry, preprocess.size), settings.cached_views
+        album = self.album(samples)
+
+        def show(draw: Draw, epoch: int) -> NDArray[np.uint8]:
+            if views:  # as where activations are kept: each picture has so many views and no more
+                draw, epoch = Draw(draw.sample), epoch % views
+            return album.vary(draw, varied, self.seed, epoch)
+
+        return Material(
+            show,
+            preprocess.normalise,
+            evaluation.encode(samples, self.dataset.classes),
+            self.dataset.task,
+        )
+
+    def _features(self, samples: Sequence[Sample]) -> Material:
+        matrix = self.rows(samples)
+        targets = evaluation.encode(samples, self.dataset.classes)
+        return Material(lambda draw, _: matrix[draw.sample], lambda rows: rows, targets, self.dataset.task)
+
+    @functools.cached_property
+    def _albums(self) -> dict[tuple[Sample, ...], Album]:
+        return {}
+
+    def album(self, samples: Sequence[Sample]) -> Album:
+        """Pictures to be opened again and again, the same for all phases; those of the report are not kept."""
+        key = tuple(samples)
+        if key not in self._albums:
+            kept = any(sample.role != "report" for sample in key)
+            room = self.room_bytes // 2 // self.world.size if kept else 0
+            paths = [self.dataset.path(sample.source) for sample in key]
+            self._albums[key] = Album(paths, self.backbone.spec.preprocess, self.limits, room)
+        return self._albums[key]
+
+    def _judge_pictures(self, samples: Sequence[Sample]) -> Judge:
+        album = self.album(samples)
+
+        def judge(adapted: Adapted, check: Callable[[], None]) -> dict[str, float]:
+            check()
+            backbone = Backbone.of(self.backbone.spec, adapted.backbone)
+            matrix = embed(backbone, album, self.device, self.precision, self.world, check)
+            return self._score(adapted, matrix, samples)
+
+        return judge
+
+    def _judge_kept(self, samples: Sequence[Sample], stored: NDArray[np.float16]) -> Judge:
+        def judge(adapted: Adapted, check: Callable[[], None]) -> dict[str, float]:
+            parts = []
+            with torch.inference_mode():
+                for start in range(0, len(stored), KEPT_BATCH):
+                    check()
+                    batch = torch.from_numpy(stored[start : start + KEPT_BATCH, 0].astype(np.float32))
+                    parts.append(adapted.backbone(batch.to(self.device)).float().cpu().numpy())
+            return self._score(adapted, np.concatenate(parts), samples)
+
+        return judge
+
+    def _judge_features(self, samples: Sequence[Sample]) -> Judge:
+        matrix = self.rows(samples)
+        return lambda adapted, check: self._score(adapted, matrix, samples)
+
+    def _score(self, adapted: Adapted, matrix: NDArray[np.float32], samples: Sequence[Sample]) -> dict[str, float]:
+        with torch.inference_mode():
+            logits = adapted.head(torch.from_numpy(matrix).to(self.device)).float().cpu().numpy()
+        return evaluation.score(logits, samples, self.dataset.classes, self.dataset.task)
+
+
+def embed(
+    backbone: Backbone,
+    album: Album,
+    device: torch.device,
+    precision: str,
+    world: World = World(),
+    check: Callable[[], None] = lambda: None,
+) -> NDArray[np.float32]:
+    """Features (n, dim) of an album's evaluation views, in order; every process computes a share and gets all.
+
+    Args:
+        backbone: the network, in evaluation mode.
+        album: the pictures.
+        device: that it runs on.
+        precision: number format.
+        world: this process among others.
+        check: called between batches.
+    """
+    embedder = embedders.prepare(backbone, device, precision)
+    rows, parts = world.share(range(len(album))), []
+    for part in album.embed(rows, embedder):
+        parts.append(part)
+        check()
+    if world.size == 1:
+        return np.concatenate(parts)
+    dim = torch.tensor(parts[0].shape[1] if parts else 0, device=device)
+    matrix = torch.zeros(len(album), int(world.most(dim)), device=device)
+    if parts:
+        matrix[list(rows)] = torch.from_numpy(np.concatenate(parts)).to(device)
+    whole: NDArray[np.float32] = world.sum(matrix).cpu().numpy()
+    return whole
+
+
+def answer(head: nn.Module, features: NDArray[np.float32]) -> NDArray[np.float32]:
+    """A head's logits (n, classes) for features (n, dim)."""
+    with torch.inference_mode():
+        logits: NDArray[np.float32] = head(torch.from_numpy(features)).numpy()
+    return logits

@@ -1,0 +1,242 @@
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+import headstart
+from headstart import backbones, evidence, plan
+from headstart.data import Dataset, Sample
+from headstart.evidence import Depths, Table
+from headstart.plan import FINAL, Curve, Evidence, FitHead, Variant
+from headstart.taps import Tapped, find_depths
+
+CLASSES = ("a", "b", "c")
+PHASE = FitHead(("logistic", "svm", "means", "knn"), 5)
+
+
+def make_table(count: int, tmp_path, seed: int = 0) -> tuple[Table, np.ndarray]:
+    """(pictures of three classes, their class numbers)."""
+    numbers = np.arange(count) % 3
+    samples = [Sample(f"{i}.png", (CLASSES[number],)) for i, number in enumerate(numbers)]
+    dataset = Dataset(tmp_path, tuple(samples), CLASSES, "single", "")
+    return Table(samples, dataset, {}, PHASE, seed), numbers
+
+
+def noisy(numbers: np.ndarray, width: int, signal: float, seed: int) -> np.ndarray:
+    """Features (n, width) whose first three tell the classes apart by a signal in noise."""
+    features = np.random.default_rng(seed).normal(size=(len(numbers), width)).astype(np.float32)
+    features[np.arange(len(numbers)), numbers] += signal
+    return features
+
+
+DEPTHS = Depths(("early", "late", FINAL), (8, 12, 16))
+
+
+def test_the_columns_of_taps_are_those_of_their_features():
+    assert DEPTHS.columns(("late",)).tolist() == list(range(8, 20))
+    assert DEPTHS.columns((FINAL, "early")).tolist() == [*range(20, 36), *range(8)]
+
+
+@pytest.mark.parametrize("best", ["early", "late", FINAL])
+def test_the_depth_that_tells_the_classes_apart_is_found(best, tmp_path):
+    table, numbers = make_table(150, tmp_path)
+    blocks = [
+        noisy(numbers, width, 3.0 if tap == best else 0.3, i)
+        for i, (tap, width) in enumerate(zip(*[DEPTHS.taps, DEPTHS.widths]))
+    ]
+    variants = evidence.weigh_depths(table, np.hstack(blocks), DEPTHS)
+    assert [v.log_loss for v in variants] == sorted(v.log_loss for v in variants)
+    alone = [variant for variant in variants if len(variant.taps) == 1]
+    assert alone[0].taps == (best,)
+    assert {v.taps for v in variants} == {("early",), ("late",), (FINAL,), DEPTHS.taps}
+    assert all(v.low <= v.accuracy <= v.high and v.pictures == 150 for v in variants)
+
+
+def test_many_pictures_are_compared_on_a_stratified_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(evidence, "PICTURES", 60)
+    table, numbers = make_table(300, tmp_path)
+    variants = evidence.weigh_depths(table, noisy(numbers, 36, 2.0, 0), DEPTHS)
+    assert {v.pictures for v in variants} == {60}
+
+
+def test_mirror_images_are_worth_it_where_they_say_more(tmp_path):
+    table, numbers = make_table(120, tmp_path)
+    plain = noisy(numbers, 16, 1.5, 0)
+    fresh = {sample.source: row for sample, row in zip(table.samples, noisy(numbers, 16, 1.5, 1), strict=True)}
+    same = {sample.source: row for sample, row in zip(table.samples, plain, strict=True)}
+    more = evidence.weigh_mirror(table, plain, lambda s: np.stack([fresh[x.source] for x in s]), (FINAL,))
+    none = evidence.weigh_mirror(table, plain, lambda s: np.stack([same[x.source] for x in s]), (FINAL,))
+    assert plan.is_mirror_worth(more) and not plan.is_mirror_worth(none)
+    assert more[1].views == ("plain", "mirror") and more[0].views == ("plain",)
+
+
+def test_the_learning_curve_falls_and_foretells_what_is_measured(tmp_path):
+    table, numbers = make_table(480, tmp_path)
+    matrix = noisy(numbers, 40, 2.0, 0)
+    whole = evidence.weigh_depths(table, matrix, Depths((FINAL,), (40,)))[0]
+    curve = evidence.draw_curve(table, matrix, whole)
+    assert curve is not None
+    assert [pictures for pictures, _ in curve.points] == [60, 120, 240]
+    assert curve.points[0][1] > curve.points[-1][1]
+    assert curve.pictures == 384 and abs(curve.foretold - curve.measured) < 0.05
+    assert 0 < curve.doubled <= curve.measured + 0.01
+
+
+def test_few_pictures_have_no_learning_curve(tmp_path):
+    table, numbers = make_table(60, tmp_path)
+    matrix = noisy(numbers, 16, 2.0, 0)
+    whole = evidence.weigh_depths(table, matrix, Depths((FINAL,), (16,)))[0]
+    assert evidence.draw_curve(table, matrix, whole) is None
+
+
+def test_a_power_law_is_followed_and_never_rises():
+    points = [(100, 0.2), (200, 0.2 / 2**0.5), (400, 0.1)]
+    assert evidence._follow(points, 800) == pytest.approx(0.2 / 8**0.5)
+    assert evidence._follow([(100, 0.1), (200, 0.2)], 400) == pytest.approx(np.sqrt(0.02))
+
+
+def test_depths_are_remembered_and_a_damaged_memory_is_made_again(tmp_path):
+    made = backbones.untrained("timm/test_efficientnet", 0)
+    first = evidence.recall_depths(made.spec, lambda: made, tmp_path)
+    assert first.taps[-1] == FINAL and len(first.taps) == len(first.widths) > 2
+
+    def refuse() -> backbones.Backbone:
+        raise AssertionError("the network was built")
+
+    assert evidence.recall_depths(made.spec, refuse, tmp_path) == first
+    (file,) = tmp_path.glob("depths-*.json")
+    file.write_text("nonsense")
+    assert evidence.recall_depths(made.spec, lambda: made, tmp_path) == first
+
+
+# What is decided
+
+
+def variant(taps: tuple[str, ...], log_loss: float, accuracy: float = 0.9) -> Variant:
+    return Variant(taps, ("plain",), "logistic", log_loss, accuracy, accuracy - 0.05, accuracy + 0.05, 100)
+
+
+ALL = ("x", "y", FINAL)
+
+
+@pytest.mark.parametrize(
+    ("losses", "chosen"),
+    [
+        ({ALL: 0.20, (FINAL,): 0.30, ("x",): 0.5}, ALL),
+        ({ALL: 0.298, (FINAL,): 0.30, ("x",): 0.5}, (FINAL,)),
+        ({ALL: 0.31, (FINAL,): 0.30, ("x",): 0.5}, (FINAL,)),
+        ({ALL: 0.31, (FINAL,): 0.40, ("x",): 0.25}, ("x",)),
+    ],
+)
+def test_the_cheaper_variant_is_taken_where_the_other_is_hardly_better(losses, chosen):
+    assert plan.choose_variant([variant(taps, loss) for taps, loss in losses.items()]).taps == chosen
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "symmetry", "tried"),
+    [(0.9, "mirror", True), (0.9, "any", True), (0.9, "none", False), (0.995, "mirror", False)],
+)
+def test_mirror_images_are_tried_where_they_mean_the_same_and_there_is_something_to_gain(accuracy, symmetry, tried):
+    assert plan.is_mirror_worth_trying(variant(ALL, 0.2, accuracy), symmetry) is tried
+
+
+@pytest.mark.parametrize(
+    ("final", "every", "distance"), [(0.30, 0.30, 0.0), (0.30, 0.33, 0.0), (0.30, 0.15, 0.5), (0.0, 0.0, 0.0)]
+)
+def test_distance_is_the_share_of_the_log_loss_that_depths_take_away(final, every, distance):
+    assert Evidence((variant((FINAL,), final), variant(ALL, every)), None, None).distance == pytest.approx(distance)
+
+
+def test_reasons_say_what_was_found_in_numbers():
+    curve = Curve(((10, 0.4), (20, 0.3), (40, 0.2)), 64, 0.15, 0.16, 0.1)
+    pair = variant(ALL, 0.20), variant(ALL, 0.18)
+    lines = "\n".join(plan.describe_evidence(Evidence((variant(ALL, 0.2), variant((FINAL,), 0.3)), pair, curve)))
+    for part in (
+        "logistic on x + y + final: 0.900 [0.850, 0.950]",
+        "distance",
+        "0.33",
+        "mirror images",
+        "taken",
+        "128 pictures",
+    ):
+        assert part in lines
+
+
+# In a run
+
+
+def test_a_run_finds_depths_and_views_writes_why_and_predicts_the_same(shapes, tiny_weights, tmp_path):
+    run = headstart.train(shapes, tmp_path / "run", weights=str(tiny_weights), precision="float32", device="cpu")
+    assert run is not None
+    written = json.loads((tmp_path / "run/plan.json").read_text())
+    assert any("log-loss" in reason for reason in written["reasons"])
+    spec = run.classifier.backbone.spec
+    (phase,) = run.plan.phases
+    assert isinstance(phase, FitHead)
+    assert (spec.taps or (FINAL,)) == phase.taps and spec.views == phase.views
+    loaded = headstart.load(tmp_path / "run")
+    sources = [shapes / source for source in run.evaluation.sources]
+    answers = [p.probabilities for p in headstart.predict(loaded, sources, precision="float32", device="cpu")]
+    ours = [[row[name] for name in loaded.classes] for row in answers]
+    np.testing.assert_allclose(ours, run.evaluation.probabilities, atol=1e-5)
+    again = headstart.evaluate(tmp_path / "run", precision="float32", device="cpu")
+    np.testing.assert_allclose(again.probabilities, run.evaluation.probabilities, atol=1e-5)
+
+
+@pytest.mark.parametrize("views", [("plain",), ("plain", "mirror")])
+@pytest.mark.parametrize("taps", [(), ("blocks.1", FINAL)])
+def test_a_head_on_any_depths_and_views_predicts_as_it_was_fitted(
+    shapes, tiny_weights, tmp_path, monkeypatch, taps, views
+):
+    chosen = taps or (FINAL,)
+    monkeypatch.setattr(evidence, "find_depths", lambda network, size: find(network, size, chosen))
+    monkeypatch.setattr(evidence, "choose_variant", lambda variants: next(v for v in variants if v.taps == chosen))
+    monkeypatch.setattr(plan, "choose_variant", lambda variants: next(v for v in variants if v.taps == chosen))
+    look_at(monkeypatch, len(views) > 1)
+    settings = {"weights": str(tiny_weights), "precision": "float32", "device": "cpu"}
+    run = headstart.train(shapes, tmp_path / "run", **settings)
+    assert run is not None and run.classifier.backbone.spec.views == views
+    assert run.classifier.backbone.spec.taps == taps
+    again = headstart.evaluate(tmp_path / "run", precision="float32", device="cpu")
+    np.testing.assert_allclose(again.probabilities, run.evaluation.probabilities, atol=1e-5)
+
+
+def look_at(monkeypatch, mirror_images: bool) -> None:
+    monkeypatch.setattr(evidence, "is_mirror_worth_trying", lambda best, symmetry: True)
+    for module in (evidence, plan):
+        monkeypatch.setattr(module, "is_mirror_worth", lambda pair: mirror_images)
+
+
+def find(network, size, chosen):
+    taps, widths = find_depths(network, size)
+    if chosen == (FINAL,):
+        return taps, widths
+    tapped = Tapped(copy.deepcopy(network), chosen, size)
+    with torch.no_grad():
+        return chosen, tuple(rows.shape[1] for rows in tapped.look(torch.zeros(1, 3, size, size)))
+
+
+def test_where_both_views_are_looked_at_a_mirror_image_gets_the_same_answer(
+    shapes, tiny_weights, tmp_path, monkeypatch
+):
+    look_at(monkeypatch, True)
+    headstart.train(shapes, tmp_path / "run", weights=str(tiny_weights), precision="float32", device="cpu")
+    picture = next(shapes.rglob("*.png"))
+    with Image.open(picture) as image:
+        ImageOps.mirror(image).save(tmp_path / "mirrored.png")
+    first, second = headstart.predict(tmp_path / "run", [picture, tmp_path / "mirrored.png"], precision="float32")
+    for name, probability in first.probabilities.items():
+        assert second.probabilities[name] == pytest.approx(probability, abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "least", "far"), [("chest_xray", 0.93, 0.1), ("hymenoptera", 0.93, 0.0)])
+def test_real_pictures_of_another_kind_are_far_and_the_curve_is_nearly_right(name, least, far, real_data, tmp_path):
+    run = headstart.train(real_data / name, tmp_path / "run")
+    assert run is not None and run.evaluation.metrics["accuracy"].value > least
+    reasons = " ".join(run.plan.reasons)
+    distance = float(reasons.partition("pretraining pictures ")[2].split(",")[0])
+    assert distance >= far if far else distance < 0.05
