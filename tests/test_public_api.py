@@ -7,7 +7,7 @@ import pytest
 import headstart
 from headstart import cli, config
 
-VERBS = ("train", "evaluate", "predict", "audit", "models", "recipe", "fetch", "demo")
+VERBS = ("train", "evaluate", "predict", "audit", "models", "rank", "recipe", "fetch", "demo")
 # What the command line alone has: how results are printed and where to.
 PRINTING = {"json", "format", "out", "top", "lang", "draw"}
 # What Python alone has: showing progress, and settings as keywords.

@@ -1,7 +1,7 @@
 """Turn a folder of labelled pictures into an image classifier that can be trusted.
 
-The verbs of the command line, as functions: `train`, `evaluate`, `predict`, `audit`, `models`, `recipe`, `fetch`,
-`demo`; beside them `read` for data and `load` for a classifier. Importing headstart imports no torch.
+The verbs of the command line, as functions: `train`, `evaluate`, `predict`, `audit`, `models`, `rank`, `recipe`,
+`fetch`, `demo`; beside them `read` for data and `load` for a classifier. Importing headstart imports no torch.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from headstart.backbones import list_models as models
+    from headstart.comparison import rank
     from headstart.config import RunConfig
     from headstart.cookbook import recipe
     from headstart.data import Dataset
@@ -36,6 +37,7 @@ __all__ = [
     "load",
     "models",
     "predict",
+    "rank",
     "read",
     "recipe",
     "train",
@@ -51,6 +53,7 @@ _HOMES = {
     "HeadstartError": "errors",
     "demo": "demonstration",
     "fetch": "tutorial_sets",
+    "rank": "comparison",
     "recipe": "cookbook",
     "models": "backbones",
 }

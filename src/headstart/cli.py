@@ -46,6 +46,7 @@ def _flags(*names: str) -> type:
 _AllFlags = _flags(*configs.settings())
 _DataFlags = _flags(*configs.settings("data"), "cache")
 _EvaluateFlags = _flags(*configs.settings("data"), "device", "precision", "cache", "resamples")
+_RankFlags = _flags(*configs.settings("data"), "backbone", "weights", "device", "precision", "cache", "seed")
 _PredictFlags = _flags("device", "precision")
 Flat = Parameter(name="*")
 
@@ -58,6 +59,7 @@ def train(
     out: str | None = None,
     config: Path | None = None,
     resume: Annotated[bool, Parameter(negative=())] = False,
+    dry_run: Annotated[bool, Parameter(negative=())] = False,
     settings: Annotated[_AllFlags, Flat] = _AllFlags(),  # type: ignore[valid-type]
 ) -> None:
     """Train a classifier on a folder of class folders, an archive of them, or a table.
@@ -73,19 +75,23 @@ def train(
         TOML file with settings, such as a run folder's config.toml; flags win over it.
     resume
         Keep a finished run as it is instead of refusing its folder.
+    dry_run
+        Stop when the plan is made, and print it; the same command without this goes on from there.
     """
     from headstart import training
 
     if out == "":
         raise UsageError("--out", "is empty", "Name a folder.")
     with terminal.show_progress(quiet=not processes.find_world().first) as track:
-        run = training.train(data, out, config=config, resume=resume, track=track, **_given(settings))
+        run = training.train(data, out, config=config, resume=resume, dry_run=dry_run, track=track, **_given(settings))
     if not processes.find_world().first:
         return
     if run is None:
         print(f"{display.shown(str(out))} holds this run, finished; nothing was changed.")
-    else:
+    elif isinstance(run, training.Run):
         print(display.summary(run, display.shown(data)))
+    else:
+        print(display.planned(run))
 
 
 @app.command
@@ -244,6 +250,33 @@ def models(query: str = "", /) -> None:
         here = "here" if entry.here else "to be fetched"
         details = f"{entry.parameters / 1e6:8.1f} M parameters  {entry.size} px" if entry.parameters else ""
         print(f"{entry.name:<48} {here:<14} {details}".rstrip())
+
+
+@app.command
+def rank(
+    data: str,
+    /,
+    *,
+    json: Path | None = None,
+    settings: Annotated[_RankFlags, Flat] = _RankFlags(),  # type: ignore[valid-type]
+) -> None:
+    """Compare the networks whose weights are on this machine on your pictures, and recommend one.
+
+    Parameters
+    ----------
+    data
+        Folder of class folders, archive of one, or table.
+    json
+        File that the figures are written to.
+    """
+    from headstart import comparison
+
+    terminal.check_place(json)
+    with terminal.show_progress() as track:
+        ranked = comparison.rank(data, track=track, **_given(settings))
+    print(display.ranking(ranked, comparison.recommend(ranked), display.shown(data)))
+    if json is not None:
+        terminal.write_json(json, [dataclasses.asdict(entry) for entry in ranked])
 
 
 @app.command

@@ -40,7 +40,7 @@ def demo(
         number += 1
         run_folder = Path(out) / f"run-{number}"
     run = training.train(pictures, run_folder, track=track)
-    assert run is not None  # the folder is a new one
+    assert isinstance(run, training.Run)  # the folder is a new one
     sources = run.evaluation.sources
     shown = [pictures / sources[i] for i in np.linspace(0, len(sources) - 1, SHOWN).astype(int)]
     return run, list(predict(run.classifier, shown))

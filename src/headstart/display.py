@@ -10,10 +10,12 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal, TextIO
 
 if TYPE_CHECKING:
+    from headstart.comparison import Ranked
     from headstart.downloads import Block
     from headstart.engine import Epoch, Step
     from headstart.evaluation import Evaluation
     from headstart.model import Prediction
+    from headstart.plan import Plan
     from headstart.quality import Audit
     from headstart.training import Run
 
@@ -57,6 +59,28 @@ def summary(run: Run, data: str) -> str:
     if any(counts.values()):
         lines.append(f"  headstart audit {data}")
     lines.append(f"  headstart predict {place} PICTURE...")
+    return "\n".join(lines)
+
+
+def planned(plan: Plan) -> str:
+    """A plan that was made and not carried out: its phases and its reasons."""
+    phases = [phase.phase.replace("_", " a ") for phase in plan.phases]
+    return "\n".join((f"plan: {plan.strategy}: {', then '.join(phases)}", *(f"  {reason}" for reason in plan.reasons)))
+
+
+def ranking(ranked: Sequence[Ranked], chosen: Ranked, data: str) -> str:
+    """Networks, the best first, each with what sets it apart, and the command for the recommended one."""
+    width = max(len(entry.name) for entry in ranked)
+    lines = []
+    for entry in ranked:
+        behind = "" if entry.behind is None else f"  behind by {entry.behind}"
+        lines.append(
+            f"{entry.name:<{width}}  accuracy {entry.accuracy}  log-loss {entry.log_loss:.3f}  "
+            f"{entry.milliseconds:.1f} ms a picture  {entry.megabytes:.0f} MB{behind}"
+        )
+    why = "the most accurate" if chosen is ranked[0] else "as accurate as the best for all that can be told, and faster"
+    own = f" --weights {shown(chosen.file)}" if chosen.file else ""
+    lines += ["", f"recommended: {chosen.name}, {why}", f"  headstart train {data} --backbone {chosen.name}{own}"]
     return "\n".join(lines)
 
 

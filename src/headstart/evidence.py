@@ -155,6 +155,15 @@ class Table:
         phase = FitHead(kinds, self.phase.folds)
         return fitting.fit_heads(matrix, self.samples, self.dataset, self.groups, phase, self.seed)
 
+    def are_right(self, head: FittedHead) -> NDArray[np.bool_]:
+        """Whether each answer out of fold was right, with several labels a picture in all of them."""
+        targets = evaluation.encode(self.samples, self.dataset.classes)[head.rows]
+        if self.dataset.task == "multi":
+            hits: NDArray[np.bool_] = ((head.logits > 0) == targets).all(1)
+        else:
+            hits = head.logits.argmax(1) == targets.argmax(1)
+        return hits
+
     def part(self, share: float) -> tuple[Table, NDArray[np.int64]]:
         """(a stratified share of the samples, their places)."""
         if share >= 1:

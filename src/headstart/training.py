@@ -69,9 +69,10 @@ def train(
     *,
     config: RunConfig | str | Path | None = None,
     resume: bool = False,
+    dry_run: bool = False,
     track: Track = lambda pictures, total: pictures,
     **settings: Any,
-) -> Run | None:
+) -> Run | Plan | None:
     """Train a classifier, measure it, and leave everything in a run folder.
 
     Args:
@@ -79,6 +80,7 @@ def train(
         out: the run folder; None takes the next free `runs/<data name>-<n>`.
         config: settings as a `RunConfig` or a TOML file.
         resume: whether a folder with this run, finished, is fine; None is returned then.
+        dry_run: whether to stop when the plan is made; it is returned, and the same call without this goes on from it.
         track: wraps the pictures to show progress; called with them and their number.
         **settings: single settings by name (`backbone="resnet18"`, `seed=1`); they win over `config`.
 
@@ -102,7 +104,7 @@ def train(
             return None
         network = find_network(resolved)
         try:
-            return _conduct(folder, dataset, network, resolved, track if world.first else _quietly, world)
+            return _conduct(folder, dataset, network, resolved, track if world.first else _quietly, world, dry_run)
         except KeyboardInterrupt:
             if world.first:
                 command = ("headstart",) if world.size == 1 else _torchrun(world)
@@ -111,7 +113,15 @@ def train(
             raise
 
 
-def _conduct(folder: RunFolder, given: Dataset, network: Network, config: RunConfig, track: Track, world: World) -> Run:
+def _conduct(
+    folder: RunFolder,
+    given: Dataset,
+    network: Network,
+    config: RunConfig,
+    track: Track,
+    world: World,
+    dry_run: bool,
+) -> Run | Plan:
     """The run, from the first picture to the last file; `metrics.json` comes last and marks it as finished."""
     clock = _Clock()
     view = _look(folder, given, network, config, track, world)
@@ -127,6 +137,8 @@ def _conduct(folder: RunFolder, given: Dataset, network: Network, config: RunCon
     folder.write_json("audit.json", audit.to_json())
     folder.write_text("split.csv", splits.to_csv(dataset))
     clock.mark("audit")
+    if dry_run:
+        return chosen
     classifier, chosen = _carry_out(folder, chosen, bench, audit, config, track)
     clock.mark("training" if chosen.trains else "heads")
     report = dataset.of_role("report")

@@ -1,0 +1,128 @@
+"""Networks compared on the same pictures: which of those at hand suits a data set."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headstart import backbones, embedders, evidence, metrics, quality, reading, splits, views
+from headstart import config as configs
+from headstart.backbones import Located
+from headstart.config import RunConfig
+from headstart.data import Dataset, Sample
+from headstart.features import Track
+from headstart.loading import BATCH_SIZE
+from headstart.metrics import Comparison, Estimate
+from headstart.plan import FitHead
+from headstart.training import Data
+
+log = logging.getLogger(__name__)
+
+PICTURES = 1_000  # that networks are compared on; more are left out by lot, each class keeping its share
+TIMED = 6  # batches
+SURE = 0.05  # p-value from which two networks count as equally accurate
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A network as cross-validation found it on some pictures."""
+
+    name: str
+    accuracy: Estimate
+    log_loss: float
+    milliseconds: float  # a picture, forward pass alone, on one core or the device
+    megabytes: float  # of its weights
+    behind: Comparison | None  # how much more accurate the best one is; None for that one
+    file: str = ""  # of the user's weights
+
+
+def rank(data: Data, *, track: Track = lambda pictures, total: pictures, **settings: Any) -> tuple[Ranked, ...]:
+    """The networks whose weights are on this machine, the best for some pictures first.
+
+    Each is judged by a logistic regression on its final features, cross-validated on the training pictures; those of
+    the report stay closed. Of more than 1,000 pictures a stratified part is looked at.
+
+    Args:
+        data: a folder of class folders, an archive, a table, or what `read` gave.
+        track: wraps the pictures to show progress; called with them and their number.
+        **settings: single settings by name; `weights` adds a network of the user's.
+    """
+    config = configs.resolve(None, settings)
+    dataset = data if isinstance(data, Dataset) else reading.read(data, config.data)
+    survey = views.survey(dataset, config, track)
+    audit = quality.inspect(dataset, survey.digests, survey.facts, survey.unreadable)
+    dataset = splits.assign_roles(audit.clean, audit.groups, config.train.report_share, config.train.seed)
+    fitted = tuple(sample for sample in dataset.samples if sample.role != "report")
+    if len(fitted) > PICTURES:
+        chosen = splits.draw_part(fitted, audit.groups, PICTURES / len(fitted), config.train.seed)
+        fitted = tuple(sample for sample, is_chosen in zip(fitted, chosen, strict=True) if is_chosen)
+    dataset = dataset.with_samples(fitted)
+    found = []
+    for located in find_at_hand(config):
+        log.info("%s:", located.spec.name)
+        ranked, hits = _judge(located, dataset, fitted, audit.groups, config, track)
+        own = config.model.weights if str(located.file) == config.model.weights else ""
+        found.append((dataclasses.replace(ranked, file=own), hits))
+    found.sort(key=lambda entry: entry[0].log_loss)
+    best = found[0][1]
+    return tuple(
+        dataclasses.replace(ranked, behind=None if hits is best else metrics.compare(best, hits))
+        for ranked, hits in found
+    )
+
+
+def recommend(ranked: Sequence[Ranked]) -> Ranked:
+    """The fastest of the networks that are as accurate as the best one, for all that can be told."""
+    equal = [entry for entry in ranked if entry.behind is None or entry.behind.p_value > SURE]
+    return min(equal, key=lambda entry: entry.milliseconds)
+
+
+def find_at_hand(config: RunConfig) -> list[Located]:
+    """The networks whose weights are on this machine, and the one of the settings' weights file."""
+    names = [entry.name for entry in backbones.list_models(detailed=0) if entry.here]
+    located = [backbones.locate(name, fetch=False) for name in names]
+    if config.model.weights:
+        located.insert(0, backbones.locate(config.model.backbone, config.model.weights))
+    return located
+
+
+def _judge(
+    located: Located,
+    dataset: Dataset,
+    samples: Sequence[Sample],
+    groups: Mapping[str, str],
+    config: RunConfig,
+    track: Track,
+) -> tuple[Ranked, NDArray[np.bool_]]:
+    """(a network, n booleans: which pictures it was right on, out of fold)."""
+    backbone = backbones.load(located)
+    view = views.look(dataset, located.spec, lambda: backbone, config, track)
+    phase = FitHead(evidence.KIND, splits.count_folds(samples, groups, config.train.folds))
+    table = evidence.Table(samples, dataset, groups, phase, config.train.seed)
+    head = table.fit(view.rows(samples), evidence.KIND)
+    hits = table.are_right(head)
+    best = head.candidates[0]
+    accuracy = metrics.wilson(int(hits.sum()), len(hits))
+    size = sum(tensor.numel() * tensor.element_size() for tensor in backbone.state_dict().values())
+    return Ranked(located.spec.name, accuracy, best.log_loss, _time(backbone, config), size / 1e6, None), hits
+
+
+def _time(backbone: backbones.Backbone, config: RunConfig) -> float:
+    """Milliseconds a picture of the forward pass alone, the median of several batches."""
+    device = embedders.resolve_device(config.model.device)
+    embedder = embedders.prepare(backbone, device, embedders.resolve_precision(config.model.precision, device))
+    side = backbone.spec.preprocess.size
+    pixels = np.random.default_rng(0).integers(0, 256, (BATCH_SIZE, side, side, 3), np.uint8)
+    seconds = []
+    for _ in range(TIMED):
+        start = time.perf_counter()
+        embedder(pixels)
+        seconds.append(time.perf_counter() - start)
+    return float(np.median(seconds[1:]) / BATCH_SIZE * 1e3)

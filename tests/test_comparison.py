@@ -1,0 +1,93 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import headstart
+from headstart import backbones, cli, comparison, metrics
+from headstart.comparison import Ranked, recommend
+from headstart.metrics import Estimate
+from headstart.plan import Plan
+
+
+@pytest.fixture
+def two(tiny_weights, monkeypatch) -> list[str]:
+    """Two networks at hand: the packaged one and the tiny one of the settings."""
+    listed = [entry for entry in backbones.list_models("efficientnet_lite0", detailed=0) if "/" not in entry.name]
+    monkeypatch.setattr(comparison.backbones, "list_models", lambda detailed: listed)
+    return ["efficientnet_lite0", "timm/test_efficientnet"]
+
+
+def test_networks_at_hand_are_ranked_by_what_cross_validation_finds(shapes, tiny_weights, two, tmp_path):
+    ranked = headstart.rank(shapes, weights=str(tiny_weights), device="cpu")
+    assert sorted(entry.name for entry in ranked) == sorted(two)
+    assert [entry.log_loss for entry in ranked] == sorted(entry.log_loss for entry in ranked)
+    assert ranked[0].behind is None and ranked[1].behind is not None
+    assert {entry.accuracy.n for entry in ranked} == {30}  # of 36; two of each class are kept for the report
+    sizes = {entry.name: entry.megabytes for entry in ranked}
+    assert 12 < sizes["efficientnet_lite0"] < 20 > sizes["timm/test_efficientnet"] > 0
+    assert all(entry.milliseconds > 0 for entry in ranked)
+    assert {entry.file for entry in ranked} == {"", str(tiny_weights)}
+
+
+def test_the_pictures_of_the_report_stay_closed(shapes, tiny_weights, two, tmp_path, monkeypatch):
+    opened = []
+    real = comparison.views.look
+
+    def look(data, *rest, **more):
+        opened.append(data.sources)
+        return real(data, *rest, **more)
+
+    monkeypatch.setattr(comparison.views, "look", look)
+    headstart.rank(shapes, weights=str(tiny_weights), device="cpu")
+    run = headstart.train(shapes, tmp_path / "run", weights=str(tiny_weights), device="cpu")
+    assert opened and not {source for sources in opened[:2] for source in sources} & set(run.evaluation.sources)
+
+
+def test_of_many_pictures_a_part_is_looked_at(shapes, tiny_weights, two, monkeypatch):
+    monkeypatch.setattr(comparison, "PICTURES", 18)
+    assert {entry.accuracy.n for entry in headstart.rank(shapes, weights=str(tiny_weights), device="cpu")} == {18}
+
+
+def make(name: str, milliseconds: float, p_value: float | None) -> Ranked:
+    estimate = Estimate(0.9, 0.8, 0.95, 50)
+    behind = None if p_value is None else metrics.Comparison(Estimate(0.1, 0.0, 0.2, 50), p_value)
+    return Ranked(name, estimate, 0.3, milliseconds, 10.0, behind)
+
+
+@pytest.mark.parametrize(("p_value", "chosen"), [(0.3, "small"), (0.01, "large")])
+def test_the_faster_of_two_that_cannot_be_told_apart_is_recommended(p_value, chosen):
+    assert recommend((make("large", 9.0, None), make("small", 2.0, p_value))).name == chosen
+
+
+def test_the_command_says_what_to_run_next(shapes, tiny_weights, two, tmp_path, capsys):
+    words = ["rank", str(shapes), "--weights", str(tiny_weights), "--device", "cpu", "--json", str(tmp_path / "r.json")]
+    assert cli.main(words) == 0
+    shown = capsys.readouterr().out
+    assert "recommended: " in shown and f"headstart train {shapes} --backbone" in shown
+    rows = json.loads(Path(tmp_path / "r.json").read_text())
+    assert [row["name"] for row in rows] and rows[0]["behind"] is None
+
+
+# A plan alone
+
+
+def test_a_dry_run_stops_at_the_plan_and_the_same_command_goes_on_from_it(shapes, tiny_weights, tmp_path, capsys):
+    settings = {"weights": str(tiny_weights), "precision": "float32", "device": "cpu"}
+    plan = headstart.train(shapes, tmp_path / "run", dry_run=True, **settings)
+    assert isinstance(plan, Plan) and not (tmp_path / "run/model.safetensors").exists()
+    assert json.loads((tmp_path / "run/plan.json").read_text())["reasons"] == list(plan.reasons)
+    words = ["train", str(shapes), "--out", str(tmp_path / "run"), "--dry-run", "--weights", str(tiny_weights)]
+    assert cli.main([*words, "--precision", "float32", "--device", "cpu"]) == 0
+    assert "plan: probe: fit a head" in capsys.readouterr().out
+    run = headstart.train(shapes, tmp_path / "run", **settings)
+    other = headstart.train(shapes, tmp_path / "other", **settings)
+    np.testing.assert_array_equal(run.evaluation.probabilities, other.evaluation.probabilities)
+
+
+def test_a_dry_run_of_training_times_a_step_and_trains_nothing(shapes, tiny_weights, tmp_path):
+    settings = {"weights": str(tiny_weights), "precision": "float32", "device": "cpu", "epochs": 2}
+    plan = headstart.train(shapes, tmp_path / "run", dry_run=True, strategy="finetune", **settings)
+    assert isinstance(plan, Plan) and plan.trains
+    assert not (tmp_path / "run/history.jsonl").exists()
