@@ -32,6 +32,8 @@ def test_a_recipe_runs_draws_and_keeps_what_is_finished(name, few, tiny_weights,
         settings["augment"] = "RandomCrop(64, padding=4, padding_mode='reflect'), RandomHorizontalFlip"
     text = cookbook.recipe(name, few, tmp_path / "out", **settings)
     assert "| run | accuracy |" in text and " over " in text and "p = " in text
+    # The mistake: ants and bees and Imagewoof are subsets of ImageNet, and nobody says so.
+    assert ("subset of ImageNet" in text) == (name in ("ants-bees", "imagewoof"))
     assert (tmp_path / "out" / "predictions.png").stat().st_size > 10_000
     runs = sorted(file.parent for file in (tmp_path / "out").glob("*/metrics.json"))
     assert len(runs) >= 2

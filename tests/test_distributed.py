@@ -133,6 +133,18 @@ def test_wrong_data_are_an_error_said_once(train, tmp_path):
     assert sum(line.startswith("error: data:") for line in result.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("late", [0, 1])
+def test_wrong_data_are_said_once_whichever_process_finds_them_first(tmp_path, late):
+    script = tmp_path / "late.py"
+    wait = f"import os, time; time.sleep(1.5 * (os.environ['RANK'] == '{late}'))"
+    script.write_text(f"{wait}\nfrom headstart import cli\ncli.run()\n")
+    words = [*TWO, script, "train", tmp_path / "nothing", "--strategy", "finetune"]
+    result = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
+    assert result.returncode != 0
+    assert sum(line.startswith("error: data:") for line in result.stderr.splitlines()) == 1
+
+
 # Processes without torchrun: each one's exit status can be seen
 
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from headstart import processes
 from headstart.processes import Signals, World, find_world, join, leave, speaks_first
 
 bounded = settings(max_examples=60, deadline=None)
@@ -80,8 +81,11 @@ def test_a_process_alone_connects_with_nobody():
     leave()
 
 
-def test_without_a_connection_the_first_process_speaks():
-    assert [speaks_first(rank) for rank in range(3)] == [True, False, False]
+def test_without_a_connection_the_first_process_speaks_at_once_and_others_after_a_while(monkeypatch):
+    waits = []
+    monkeypatch.setattr(processes.time, "sleep", waits.append)
+    assert [speaks_first(rank) for rank in range(3)] == [True, True, True]
+    assert waits == 2 * [processes.GRACE_SECONDS]
 
 
 def test_who_speaks_of_a_mistake_that_is_found_at_once_is_known_without_importing_torch():

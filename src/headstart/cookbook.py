@@ -29,6 +29,11 @@ from headstart.runs import RunFolder
 
 log = logging.getLogger(__name__)
 
+# Of ants and bees and of Imagewoof: the tutorials do not say it.
+SUBSET = (
+    "These pictures are a subset of ImageNet, which the network was pretrained on: the figures of pretrained weights "
+    "flatter."
+)
 SHOWN = 24  # pictures in a grid of predictions
 NAMES = ("ants-bees", "imagewoof", "dogs-cats", "scenes", "birds", "identify")
 

@@ -239,7 +239,7 @@ def _check_company(strategy: Strategy, engine: EngineConfig) -> None:
     if engine.unfreeze_epochs and not engine.freeze:
         raise UsageError("unfreeze_epochs", "has no effect where nothing is frozen", "Give --freeze all, or a block.")
     rates = [entry.partition("=")[2].strip() for entry in engine.rates.split(",") if entry.strip()]
-    if engine.find_lr and (engine.learning_rate or any(rate.strip("0.") for rate in rates)):
+    if engine.find_lr and (engine.learning_rate or any(rate.lower().strip("0.e-+") for rate in rates)):
         why = "finds the rate that all others follow, and rates are given"
         raise UsageError("find_lr", why, "Leave one of them out; rates of 0, which freeze, may stay.")
 

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+GRACE_SECONDS = 5.0  # that torchrun needs to end the others once one process has failed
 TIMEOUT = timedelta(hours=2)  # what one process may take longer than the others: the first one audits and writes
 
 
@@ -110,10 +112,16 @@ def leave() -> None:
 
 
 def speaks_first(rank: int) -> bool:
-    """Whether this process is the first to fail: the others then fail for the same reason, or for its absence."""
+    """Whether this process is the first to fail: the others then fail for the same reason, or for its absence.
+
+    Before they are connected the first process speaks at once; another waits until that and torchrun have ended it, and
+    speaks where they have not.
+    """
     distributed: Any = sys.modules.get("torch.distributed")  # torchrun does not wait until torch is imported
     if distributed is None or not (distributed.is_available() and distributed.is_initialized()):
-        return rank == 0
+        if rank:
+            time.sleep(GRACE_SECONDS)
+        return True
     store = distributed.distributed_c10d._get_default_store()
     return bool(store.add("headstart/failed", 1) == 1)
 

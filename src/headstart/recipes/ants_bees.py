@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from headstart.cookbook import compare, draw_predictions, tabulate, train
+from headstart.cookbook import SUBSET, compare, draw_predictions, tabulate, train
 
 NETWORK = "torchvision/resnet18"
 TUTORIAL = {
@@ -34,5 +34,5 @@ def run(data: Any, out: Path, track: Any, settings: Mapping[str, Any]) -> str:
     extractor = train("fixed features", data, out / "fixed", track, fixed, settings)
     default = train("headstart's default", data, out / "default", track, {}, settings)
     draw_predictions(tuned, out / "predictions.png")
-    lines = [tabulate((tuned, extractor, default)), compare(tuned, extractor), compare(default, tuned)]
+    lines = [tabulate((tuned, extractor, default)), compare(tuned, extractor), compare(default, tuned), SUBSET]
     return "\n\n".join(lines)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from headstart.cookbook import compare, draw_predictions, tabulate, train
+from headstart.cookbook import SUBSET, compare, draw_predictions, tabulate, train
 from headstart.history import draw_together
 
 NETWORK = "torchvision/resnet50"
@@ -36,4 +36,4 @@ def run(data: Any, out: Path, track: Any, settings: Mapping[str, Any]) -> str:
     outcomes = (tuned, frozen, scratch)
     draw_together({outcome.label: outcome.path for outcome in outcomes}, out / "curves")
     draw_predictions(tuned, out / "predictions.png")
-    return "\n\n".join((tabulate(outcomes), compare(tuned, scratch), compare(tuned, frozen)))
+    return "\n\n".join((tabulate(outcomes), compare(tuned, scratch), compare(tuned, frozen), SUBSET))
