@@ -1,6 +1,6 @@
 """What six mistakes of transfer-learning tutorials cost: each done wrong and done right, all else equal.
 
-python benchmarks/mistakes.py                          (all six with three seeds: about 20 minutes)
+python benchmarks/mistakes.py                          (all six with three seeds: about half an hour, up to 10 GB)
 python benchmarks/mistakes.py --only statistics crop   (those of a frozen network take a minute)
 
 Each difference has a 95 % bootstrap interval: the report pictures are drawn again within their classes, and the seeds
