@@ -23,6 +23,7 @@ from headstart import config as configs
 from headstart.config import cache_folder, did_you_mean
 from headstart.errors import UsageError
 from headstart.features import Track
+from headstart.labels import find_names
 from headstart.metrics import Estimate
 from headstart.model import Prediction
 from headstart.runs import RunFolder
@@ -165,12 +166,14 @@ def draw_predictions(outcome: Outcome, file: Path) -> None:
     root, _, _ = RunFolder(outcome.path).read_split()
     with (outcome.path / "predictions.csv").open(encoding="utf-8", errors="surrogateescape", newline="") as opened:
         rows = list(csv.DictReader(opened))
+    known = find_names(tuple(row["target"] for row in rows), "en")  # of classes that are ids of WordNet
     entries: list[pictures.Entry] = []
     for row in (rows[place] for place in np.unique(np.linspace(0, len(rows) - 1, SHOWN).astype(int))):
         given = {name[2:]: float(value) for name, value in row.items() if name.startswith("p:")}
         ranked = dict(sorted(given.items(), key=lambda pair: -pair[1]))
-        prediction = Prediction(row["source"], (row["label"],), ranked)
-        entries.append((root / row["source"], prediction, row["target"]))
+        named = {known.get(label, label): value for label, value in ranked.items()}
+        prediction = Prediction(row["source"], (known.get(row["label"], row["label"]),), named)
+        entries.append((root / row["source"], prediction, known.get(row["target"], row["target"])))
     pictures.draw_predictions(entries, file)
 
 

@@ -26,5 +26,6 @@ def run(data: Any, out: Path, track: Any, settings: Mapping[str, Any]) -> str:
             continue
         ranked = list(prediction.probabilities.items())[:TOP]
         lines.append(f"{prediction.source}: " + ", ".join(f"{name} {names[name]} {p:.1%}" for name, p in ranked))
-        draw_answer(prediction.source, prediction, out / f"{number:04}.png", TOP, names)
+        for ending in ("svg", "png"):  # an SVG shows Chinese on machines without a font for it too
+            draw_answer(prediction.source, prediction, out / f"{number:04}.{ending}", TOP, names)
     return "\n".join(lines)
