@@ -171,7 +171,7 @@ def draw_predictions(outcome: Outcome, file: Path) -> None:
     for row in (rows[place] for place in np.unique(np.linspace(0, len(rows) - 1, SHOWN).astype(int))):
         given = {name[2:]: float(value) for name, value in row.items() if name.startswith("p:")}
         ranked = dict(sorted(given.items(), key=lambda pair: -pair[1]))
-        named = {known.get(label, label): value for label, value in ranked.items()}
+        named = {known.get(str(label), str(label)): value for label, value in ranked.items()}
         prediction = Prediction(row["source"], (known.get(row["label"], row["label"]),), named)
         entries.append((root / row["source"], prediction, known.get(row["target"], row["target"])))
     pictures.draw_predictions(entries, file)
