@@ -491,6 +491,7 @@ PARTS = st.text(st.sampled_from("ab.:\\ é名\x7f\n*"), min_size=1, max_size=4) 
 @settings(max_examples=60, deadline=None)
 @pytest.mark.parametrize("kind", MAKERS)
 def test_no_name_leads_out_of_the_folder(kind, names):
+    # The mistake: `extractall` of a downloaded archive.
     names = [name for name in names if name and not name.endswith("/")]
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)

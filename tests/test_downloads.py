@@ -242,6 +242,7 @@ def test_a_kill_leaves_a_part_and_never_a_half_file(server, target):
 
 @pytest.mark.parametrize("checks", [{"sha256": "0" * 64}, {"md5": "0" * 32}, {"sha256": SHA256, "md5": "1" * 32}])
 def test_a_wrong_checksum_leaves_nothing_under_the_name(server, target, checks):
+    # The mistake: a downloaded archive without a checksum.
     with pytest.raises(OSError, match="checksum"):
         download(server.address, target, **checks)
     assert beside(target) == [] and server.asked == ["", ""]

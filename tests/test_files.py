@@ -21,8 +21,10 @@ def refuse(number):
 @pytest.mark.skipif(os.name != "posix", reason="a folder cannot be opened there")
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
 def test_a_file_system_that_cannot_wait_for_a_folder_is_not_asked_for_more(tmp_path, monkeypatch, number):
-    monkeypatch.setattr(os, "fsync", refuse(number))
+    asked = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: asked.append(descriptor) or refuse(number)(descriptor))
     sync(tmp_path)
+    assert len(asked) == 1
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a folder cannot be opened there")

@@ -111,6 +111,7 @@ def test_a_model_is_one_file_and_a_run_folder_with_it_is_as_good(saved, files):
 
 
 def test_a_moved_model_needs_nothing_that_lay_around_it(saved, tmp_path, files, monkeypatch):
+    # The mistake: the best weights die with a temporary folder, and the classes are not saved.
     expected = probabilities_of(model.load(saved), files[:2])
     shutil.copy(saved, tmp_path / "elsewhere.safetensors")
     monkeypatch.setattr(backbones, "locate", None)

@@ -81,6 +81,7 @@ def test_the_table_is_plain_text_of_three_columns():
 
 
 def test_ids_are_wordnet_ids_in_the_order_of_the_english():
+    # The mistake: the Chinese label file's header counted as a class, hence `+ 1`.
     ids = [row[0] for row in ROWS]
     assert len(ids) == len(set(ids)) == 1000
     assert all(re.fullmatch("n[0-9]{8}", name) for name in ids)

@@ -107,6 +107,7 @@ def test_a_lone_train_folder_leaves_the_roles_open(tmp_path):
 
 
 def test_two_folders_for_one_split_are_read_as_one(tmp_path):
+    # The mistake: `start = len(strlabels)`, with which classes of two folders collide.
     dataset = read(fill(tmp_path, "train/a/1.jpg", "Training/b/1.jpg", "test/a/2.jpg"))
     assert roles(dataset) == {"train/a/1.jpg": "fit", "Training/b/1.jpg": "fit", "test/a/2.jpg": "report"}
 
@@ -176,6 +177,7 @@ def test_pictures_are_told_by_content_where_the_ending_says_nothing(tmp_path):
 
 @pytest.mark.parametrize("name", ["1.JPG", "1.Jpeg", "1.jpg", "1.PNG", "1.webp", "1.TIFF", "1.gif", "1.bmp"])
 def test_pictures_with_a_known_ending_in_any_case_are_found_without_being_opened(tmp_path, name):
+    # The mistake: only `*.jpg`, which misses .jpeg, .JPG and .png.
     fill(tmp_path, f"a/{name}", "b/1.jpg")
     (tmp_path / "a" / name).write_bytes(b"a broken picture is reported later, not lost here")
     assert f"a/{name}" in labels(read(tmp_path))
@@ -194,6 +196,7 @@ def test_a_pipe_is_named_and_never_opened(tmp_path):
 
 
 def test_classes_and_pictures_stand_in_natural_order(tmp_path):
+    # The mistake: numeric folder names sorted as text.
     fill(tmp_path, *(f"{number}/{name}.jpg" for number in ("10", "1", "2") for name in ("x10", "x9")))
     dataset = read(tmp_path)
     assert dataset.classes == ("1", "2", "10")
@@ -315,6 +318,7 @@ def test_classes_come_from_training_alone(tmp_path):
 
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_a_class_that_training_lacks_is_refused_by_name(tmp_path, split):
+    # The mistake: the class list taken from train alone.
     fill(tmp_path, "train/a/1.jpg", "train/b/1.jpg", f"{split}/a/2.jpg", f"{split}/zebra/2.jpg")
     message = refusal(tmp_path)
     assert "'zebra'" in message

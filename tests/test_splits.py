@@ -83,6 +83,7 @@ def test_every_picture_has_exactly_one_role_and_nothing_else_changes(counts, sha
 @bounded
 @given(counts, shares, seeds)
 def test_the_count_of_each_class_is_within_one_of_its_share(counts, share, seed):
+    # The mistake: an unstratified split.
     samples = single(counts)
     dealt = count(samples, deal(samples, share, seed))
     for kind, n in enumerate(counts):

@@ -132,6 +132,7 @@ class MakesFolder:
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("inside", [True, False])
 def test_a_file_that_would_run_code_is_refused_and_the_code_does_not_run(tmp_path, zipped, inside):
+    # The mistake: `torch.load` of a foreign file without `weights_only`.
     trap = MakesFolder(tmp_path / "it-ran")
     content = {"state_dict": {**STATE, "trap": trap}} if inside else trap
     torch.save(content, tmp_path / "net.pth", _use_new_zipfile_serialization=zipped)

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 PICTURES = 1_000  # that networks are compared on; more are left out by lot, each class keeping its share
 TIMED = 6  # batches
-SURE = 0.05  # p-value from which two networks count as equally accurate
+EQUAL = 0.05  # p-value from which two networks count as equally accurate
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def rank(data: Data, *, track: Track = lambda pictures, total: pictures, **setti
 
 def recommend(ranked: Sequence[Ranked]) -> Ranked:
     """The fastest of the networks that are as accurate as the best one, for all that can be told."""
-    equal = [entry for entry in ranked if entry.behind is None or entry.behind.p_value > SURE]
+    equal = [entry for entry in ranked if entry.behind is None or entry.behind.p_value > EQUAL]
     return min(equal, key=lambda entry: entry.milliseconds)
 
 
