@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import headstart
-from headstart import cookbook, zoo
+from headstart import cookbook, pictures, zoo
 from headstart.errors import UsageError
 from headstart.metrics import Estimate
 from headstart.pictures import MOST_TILES
@@ -72,7 +72,8 @@ def test_the_users_settings_win_over_the_recipes(few, tiny_weights, tmp_path):
     assert "seed = 3" in (tmp_path / "out/default/config.toml").read_text()
 
 
-def test_identify_names_pictures_in_two_languages_and_draws_them(few, tmp_path):
+def test_identify_names_pictures_in_two_languages_and_draws_them(few, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(pictures, "_find_families", lambda: iter(()))  # no font for Chinese
     picture = next(few.rglob("*.png"))
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"nothing")
@@ -81,6 +82,8 @@ def test_identify_names_pictures_in_two_languages_and_draws_them(few, tmp_path):
     assert any("\u4e00" <= character <= "\u9fff" for character in first) and first.count("%") == 3
     assert "broken.png" in second
     assert (tmp_path / "out/0001.png").exists() and not (tmp_path / "out/0002.png").exists()
+    assert any("\u4e00" <= character <= "\u9fff" for character in (tmp_path / "out/0001.svg").read_text("utf-8"))
+    assert caplog.text.count("no installed font") == 1  # not once for each picture
 
 
 @pytest.mark.parametrize("name", cookbook.NAMES)

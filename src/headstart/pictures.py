@@ -472,13 +472,22 @@ def _texts(figure: Figure) -> list[Text]:
 def _find_fonts(figure: Figure, file: str | os.PathLike[str]) -> tuple[list[str], set[str]]:
     families, missing = _choose_fonts({c for text in _texts(figure) for c in text.get_text()})
     if missing:
-        log.warning(
-            "%s: no installed font has %s, drawn as ? or left out. Install one (on Debian and Ubuntu: fonts-noto-cjk "
-            "or fonts-wqy-microhei for Chinese), or write .svg: browsers have their own.",
-            _escape(os.fspath(file)),
-            "".join(sorted(missing)[:20]) + ("..." if len(missing) > 20 else ""),
-        )
+        _warn(_escape(os.fspath(file)), missing, "drawn as ? or left out")
     return families, missing
+
+
+def has_fonts(text: str) -> bool:
+    """Whether installed fonts can draw a text in PNGs; where they cannot, what to install is logged."""
+    _, missing = _choose_fonts(set(text))
+    if missing:
+        _warn("PNGs", missing, "left out")
+    return not missing
+
+
+def _warn(where: str, missing: set[str], outcome: str) -> None:
+    shown = "".join(sorted(missing)[:20]) + ("..." if len(missing) > 20 else "")
+    remedy = "Install one (on Debian and Ubuntu: fonts-noto-cjk or fonts-wqy-microhei for Chinese), or write .svg"
+    log.warning("%s: no installed font has %s, %s. %s: browsers have their own.", where, shown, outcome, remedy)
 
 
 def _set_fonts(figure: Figure, families: list[str], missing: set[str]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import headstart
 from headstart.labels import find_names
-from headstart.pictures import draw_answer
+from headstart.pictures import draw_answer, has_fonts
 
 TOP = 3
 
@@ -18,6 +18,7 @@ def run(data: Any, out: Path, track: Any, settings: Mapping[str, Any]) -> str:
     """A line and a drawing for each picture."""
     classifier = headstart.load("imagenet")
     names = find_names(classifier.classes, "zh")
+    drawn = {"svg": names, "png": names if has_fonts("".join(names.values())) else None}
     out.mkdir(parents=True, exist_ok=True)
     lines = []
     for number, prediction in enumerate(headstart.predict(classifier, data, track=track, **settings), 1):
@@ -26,6 +27,6 @@ def run(data: Any, out: Path, track: Any, settings: Mapping[str, Any]) -> str:
             continue
         ranked = list(prediction.probabilities.items())[:TOP]
         lines.append(f"{prediction.source}: " + ", ".join(f"{name} {names[name]} {p:.1%}" for name, p in ranked))
-        for ending in ("svg", "png"):  # an SVG shows Chinese on machines without a font for it too
-            draw_answer(prediction.source, prediction, out / f"{number:04}.{ending}", TOP, names)
+        for ending, extra in drawn.items():  # an SVG shows Chinese on machines without a font for it too
+            draw_answer(prediction.source, prediction, out / f"{number:04}.{ending}", TOP, extra)
     return "\n".join(lines)
