@@ -391,19 +391,16 @@ def test_heads_that_do_not_go_are_refused_with_those_that_do(text, facts, strate
     [
         ("heads", {"strategy": "finetune", "heads": "svm"}),
         ("heads", {**PROBE_WITH_MLP, "heads": "svm"}),
-        ("taps", {"strategy": "scratch", "taps": "layer1"}),
-        ("taps", {"strategy": "lp-ft", "taps": "layer1"}),
     ],
 )
-def test_heads_and_taps_are_refused_where_no_head_is_fitted_on_features(name, settings):
+def test_heads_are_refused_where_no_head_is_fitted_on_features(name, settings):
     with pytest.raises(UsageError, match=f"{name}: has no effect with strategy"):
         training(settings)
 
 
-@pytest.mark.parametrize("name", ["heads", "taps"])
-def test_beside_a_head_that_is_trained_the_remedy_for_heads_and_taps_is_another_head(name):
+def test_beside_a_head_that_is_trained_the_remedy_for_heads_is_another_head():
     with pytest.raises(UsageError) as caught:
-        training({**PROBE_WITH_MLP, name: "svm"})
+        training({**PROBE_WITH_MLP, "heads": "svm"})
     assert "--head" in caught.value.remedy and "Give --strategy probe" not in caught.value.remedy
 
 

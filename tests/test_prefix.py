@@ -15,6 +15,7 @@ from headstart.errors import TrainingError, UsageError
 from headstart.images import Preprocess
 from headstart.loading import Album
 from headstart.sampling import Draw
+from headstart.taps import Tapped, see_blocks
 
 NETWORKS = (
     "timm/test_efficientnet",
@@ -57,6 +58,23 @@ def test_what_the_suffix_learns_the_whole_network_knows():
     changed = next(network.get_submodule(last).parameters())
     assert torch.equal(changed, next(cut.suffix.get_submodule(last).parameters()))
     assert not any(changed is parameter for parameter in cut.prefix.parameters())
+
+
+def test_a_network_with_taps_is_cut_at_its_first_tap_or_before():
+    network, size = untrained("timm/test_efficientnet")
+    names = [block.name for block in find_blocks(network, size)]
+    tapped = Tapped(network, (names[2], names[3], "final"), size)
+    blocks = see_blocks(tapped, size)
+    assert [block.name for block in blocks] == names
+    pictures = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = tapped(pictures)
+        for frozen in (2, 3):
+            cut = prefix.cut(tapped, blocks, frozen, size)
+            assert cut is not None
+            torch.testing.assert_close(cut.suffix(cut.prefix(pictures)), expected, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(tapped(pictures), expected, rtol=0, atol=0)
+        assert prefix.cut(tapped, blocks, 4, size) is None  # what the first tap gives is not among the activations
 
 
 def test_a_copy_of_a_suffix_runs_on_its_own_weights():
@@ -168,7 +186,10 @@ def options(tiny_weights: Path, **more: object) -> dict[str, object]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("more", [{}, {"ema": 0.9, "sampling": "weighted"}, {"batch_norm": "train"}])
+TAPPED = {"strategy": "lp-ft", "taps": "blocks.1,blocks.2,final"}
+
+
+@pytest.mark.parametrize("more", [{}, {"ema": 0.9, "sampling": "weighted"}, {"batch_norm": "train"}, TAPPED])
 def test_training_on_kept_activations_is_training_with_as_many_views(shapes, tiny_weights, tmp_path, monkeypatch, more):
     headstart.train(shapes, tmp_path / "kept", **options(tiny_weights, **more))
     assert not list((tmp_path / "kept").glob("activations*"))

@@ -61,8 +61,10 @@ class Backbone:
 
     @staticmethod
     def of(spec: Spec, network: nn.Module) -> Backbone:
-        """The backbone of a network that is there already, without taps."""
-        backbone = Backbone(spec, dict(network.state_dict()))
+        """The backbone of a network that is there already, with its taps or without them."""
+        from headstart.taps import untap
+
+        backbone = Backbone(spec, dict(untap(network).state_dict()))
         backbone.__dict__["network"] = _tap(network, spec)
         return backbone
 
@@ -78,8 +80,10 @@ class Backbone:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The network's weights by the names of its architecture."""
+        from headstart.taps import untap
+
         network = self.__dict__.get("network")
-        return dict(self.state if network is None else getattr(network, "inner", network).state_dict())
+        return dict(self.state if network is None else untap(network).state_dict())
 
 
 def locate(name: str, weights: str = "", folder: Path | None = None, *, fetch: bool = True) -> Located:
@@ -281,6 +285,8 @@ def _tap(network: nn.Module, spec: Spec) -> nn.Module:
         return network
     from headstart.taps import Tapped
 
+    if isinstance(network, Tapped) and network.taps == spec.taps:
+        return network
     return Tapped(network, spec.taps, spec.preprocess.size).eval().requires_grad_(False)
 
 

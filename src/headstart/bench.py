@@ -23,7 +23,7 @@ from headstart import (
 )
 from headstart.augmentation import Augmentation
 from headstart.backbones import Backbone
-from headstart.blocks import Block, count_frozen, find_blocks
+from headstart.blocks import Block, count_frozen
 from headstart.data import Dataset, Role, Sample
 from headstart.engine import Adapted, Training
 from headstart.heads import FittedHead
@@ -33,6 +33,7 @@ from headstart.material import Material
 from headstart.plan import Train
 from headstart.processes import World
 from headstart.sampling import Draw
+from headstart.taps import see_blocks
 
 Judge = Callable[[Adapted, Callable[[], None]], dict[str, float]]
 KEPT_BATCH = 32  # kept activations that are looked at together
@@ -67,7 +68,7 @@ class Bench:
     @functools.cached_property
     def blocks(self) -> tuple[Block, ...]:
         """The backbone's blocks."""
-        return find_blocks(self.backbone.network, self.backbone.spec.preprocess.size)
+        return see_blocks(self.backbone.network, self.backbone.spec.preprocess.size)
 
     @functools.cached_property
     def dim(self) -> int:
@@ -143,7 +144,8 @@ class Bench:
         parts = prefix.cut(adapted.backbone, self.blocks, frozen, spec.preprocess.size)
         if parts is None:
             return None
-        embedder = embedders.prepare(Backbone.of(spec, parts.prefix), self.device, self.precision)
+        bare = dataclasses.replace(spec, taps=(), views=("plain",))
+        embedder = embedders.prepare(Backbone.of(bare, parts.prefix), self.device, self.precision)
         varied = augmentation.parse(settings.augment, settings.symmetry, spec.preprocess.size)
         plain = augmentation.parse("none", settings.symmetry, spec.preprocess.size)
         stored = []

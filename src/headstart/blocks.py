@@ -20,6 +20,7 @@ class Block:
 
     name: str
     modules: tuple[str, ...]
+    within: str = ""  # what stands before the name in the modules' own names, where the network is wrapped
 
 
 def find_blocks(network: nn.Module, size: int) -> tuple[Block, ...]:
@@ -105,7 +106,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 def find_end(network: nn.Module, block: Block) -> str:
     """The module whose output is a block's: the block itself, or the last of the layers that make it up."""
-    name = block.name.removeprefix("backbone.")
+    name = block.within + block.name.removeprefix("backbone.")
     return name if any(network.get_submodule(name).children()) else block.modules[-1]
 
 

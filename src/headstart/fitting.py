@@ -44,6 +44,7 @@ from headstart.material import draw_windows, make_window
 from headstart.model import Classifier
 from headstart.plan import FitHead, Layout, Plan, Train
 from headstart.runs import RunFolder
+from headstart.taps import untap
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +78,8 @@ def finish(bench: Bench, adapted: Adapted, provenance: Mapping[str, Any]) -> Cla
     """The classifier of a trained model, its temperature and thresholds found on the `select` pictures."""
     backbone, on_features = bench.backbone, isinstance(adapted.backbone, nn.Identity)
     if not on_features:
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in adapted.backbone.state_dict().items()}
+        trained = untap(adapted.backbone).state_dict()
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in trained.items()}
         origin = f"{backbone.spec.weights}, trained further" if backbone.spec.digest else "trained from random weights"
         spec = dataclasses.replace(backbone.spec, weights=origin, digest=_digest(state))
         backbone = Backbone(spec, state)

@@ -193,10 +193,9 @@ def decide(situation: Situation, config: RunConfig) -> Plan:
 
 def _check(situation: Situation, strategy: Strategy, config: RunConfig) -> None:
     engine = config.engine
-    for name, value in (("taps", config.model.taps), ("heads", config.train.heads)):
-        if value and trains(config) and not (name == "heads" and strategy == "lp-ft"):
-            why = f"has no effect with strategy {strategy} and --head {engine.head}: no head is fitted on features"
-            raise UsageError(name, why, "Leave --head out." if strategy == "probe" else "Give --strategy probe.")
+    if config.train.heads and trains(config) and strategy != "lp-ft":
+        why = f"has no effect with strategy {strategy} and --head {engine.head}: no head is fitted on features"
+        raise UsageError("heads", why, "Leave --head out." if strategy == "probe" else "Give --strategy probe.")
     if situation.task == "multi" and engine.loss in ("cross-entropy", "nll"):
         raise UsageError("loss", f"{engine.loss} is for one label a picture", "Give bce-with-logits or focal.")
     if strategy == "lp-ft" and engine.head != "linear":

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headstart.blocks import find_blocks, find_end, list_names
+from headstart.blocks import Block, find_blocks, find_end, list_names
 from headstart.config import did_you_mean
 from headstart.errors import UsageError
 from headstart.plan import FINAL
@@ -41,7 +41,7 @@ class Tapped(nn.Module):
                 raise UsageError("taps", why, f"Blocks: {list_names(names)}.")
         self.inner, self.taps = inner, tuple(taps)
         self._last = getattr(inner, "output_fmt", "NCHW") == "NHWC"
-        self._caught: dict[int, dict[str, Tensor]] = {}
+        self._caught = _Shelf()
         for tap in taps:
             if tap != FINAL:
                 module = inner.get_submodule(find_end(inner, blocks[tap]))
@@ -76,10 +76,33 @@ def find_depths(network: nn.Module, size: int) -> tuple[tuple[str, ...], tuple[i
         return tapped.taps, tuple(pooled.shape[1] for pooled in tapped.look(example))
 
 
+def see_blocks(network: nn.Module, size: int) -> tuple[Block, ...]:
+    """The blocks of a network, with taps or without; see `find_blocks`."""
+    if not isinstance(network, Tapped):
+        return find_blocks(network, size)
+    found = find_blocks(network.inner, size)
+    return tuple(
+        Block(block.name, tuple(f"inner.{name}".removesuffix(".") for name in block.modules), "inner.")
+        for block in found
+    )
+
+
+def untap(network: nn.Module) -> nn.Module:
+    """A network without its taps."""
+    return network.inner if isinstance(network, Tapped) else network
+
+
+class _Shelf(dict[int, dict[str, Tensor]]):
+    """Thread -> tap -> what was caught; copies of a network have it in common, as a thread runs one at a time."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Shelf:
+        return self
+
+
 class _Catch:
     """A hook that keeps a block's output for the thread that is running it; it goes along when a network is copied."""
 
-    def __init__(self, caught: dict[int, dict[str, Tensor]], tap: str) -> None:
+    def __init__(self, caught: _Shelf, tap: str) -> None:
         self._caught, self._tap = caught, tap
 
     def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
