@@ -31,6 +31,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/sets.py
 	$(BIN)/python benchmarks/strategies.py
 	$(BIN)/python benchmarks/train.py
+	$(BIN)/python benchmarks/finetuning.py
 	$(BIN)/python benchmarks/mistakes.py
 	$(BIN)/python benchmarks/throughput.py
 	$(BIN)/python benchmarks/memory.py

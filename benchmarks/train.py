@@ -6,7 +6,9 @@ python benchmarks/train.py --sets hymenoptera  (about 12 minutes)
 Both loops run on the same pictures with the same network, batch size, transforms (RandomResizedCrop, mirror image), SGD
 and batch norms in training mode, each in a fresh process; the second epoch counts, and the first is shown beside it.
 
-Expected (2-core machine): see the table in README.md.
+Expected (2-core machine): an epoch of the packaged network is 1.7 to 2.4 times as fast as the tutorial's with batches of
+4, 4.9 to 6 times with 32; of a ResNet-18 1.7 to 1.8 and 2.7 to 2.8 times. Losses of three epochs in bfloat16 and float32
+differ less than those of two seeds.
 """
 
 from __future__ import annotations
