@@ -5,6 +5,8 @@ from importlib import resources
 
 import pytest
 
+from headstart.labels import find_names
+
 CONTENT = resources.files("headstart").joinpath("assets/imagenet_classes.csv").read_bytes()
 HEADER, *ROWS = csv.reader(io.StringIO(CONTENT.decode("utf-8"), newline=""))
 CHINESE = {row[0]: row[-1] for row in ROWS}
@@ -118,3 +120,9 @@ def test_names_that_are_easily_confounded_are_told_apart(pair):
 @pytest.mark.parametrize("number", MEANINGS)
 def test_a_name_is_of_the_meaning_that_the_id_has(number):
     assert CHINESE[number] == MEANINGS[number]
+
+
+def test_classes_are_named_by_id_or_english_name_also_in_nested_folders():
+    classes = ("n01440764", "dogs/n02086240", "tench", "n0", "mine/else", "")
+    assert find_names(classes, "en") == {"n01440764": "tench", "dogs/n02086240": "Shih-Tzu", "tench": "tench"}
+    assert find_names(classes, "zh")["dogs/n02086240"] == CHINESE["n02086240"]

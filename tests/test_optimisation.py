@@ -26,7 +26,7 @@ from headstart.optimisation import (
     rate_at,
     set_rates,
 )
-from headstart.plan import EPOCHS, Layout, Situation, settle
+from headstart.plan import EPOCHS, Situation, settle
 
 bounded = settings(max_examples=40, deadline=None)
 
@@ -224,7 +224,7 @@ def test_rates_that_are_named_stand_in_place_of_those_by_depth(rates, expected):
 @pytest.mark.parametrize("strategy", EPOCHS)
 def test_what_is_new_learns_faster_than_what_is_pretrained_unless_it_is_told_otherwise(strategy):
     # The mistake: body at 1e-2, new head at 1e-3.
-    situation = Situation("single", 3, 300, 50, 40, 5, "cpu", "float32", Layout("float32"))
+    situation = Situation("single", 3, 300, 50, 40, 5, "cpu", "float32")
     rates = parts_of(make_model(), settle(situation, strategy, EngineConfig())).rates
     if strategy == "scratch":
         assert len(set(rates)) == 1  # all is new

@@ -109,6 +109,7 @@ from headstart.plan import (  # noqa: E402
     LAYER_DECAY,
     RATES,
     Layout,
+    Timing,
     Train,
     choose_batch_size,
     needs_features,
@@ -117,7 +118,7 @@ from headstart.plan import (  # noqa: E402
 )
 
 LAYOUT = Layout("float32", channels_last=False)
-TRAINING = dataclasses.replace(USUAL, select=45, layout=LAYOUT)
+TRAINING = dataclasses.replace(USUAL, select=45, timing=Timing(LAYOUT, 0.02))
 PROBE_WITH_MLP = {"strategy": "probe", "head": "mlp"}
 TRAINED = [{"strategy": name} for name in ("finetune", "lp-ft", "two-stage", "scratch")] + [PROBE_WITH_MLP]
 
@@ -461,9 +462,9 @@ def test_a_layout_is_said_in_words(layout, words):
 DECIDES = """
 import sys
 from headstart.config import resolve
-from headstart.plan import EPOCHS, Layout, Situation, decide
+from headstart.plan import EPOCHS, Situation, decide
 
-situation = Situation("single", 3, 300, 45, 40, 5, "cpu", "float32", Layout("float32"))
+situation = Situation("single", 3, 300, 45, 40, 5, "cpu", "float32")
 for strategy in EPOCHS:
     for head in ("linear", "mlp")[: 1 if strategy == "lp-ft" else 2]:
         assert decide(situation, resolve(None, {"strategy": strategy, "head": head})).phases

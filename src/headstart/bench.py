@@ -128,7 +128,15 @@ class Bench:
             phase=number,
             folder=folder,
             world=self.world,
+            seconds=phase.seconds,
         )
+
+    def cut(self, phase: Train, adapted: Adapted) -> prefix.Cut | None:
+        """The model's backbone cut after its frozen blocks; None where no activations are kept, or it cannot be cut."""
+        frozen = count_frozen(self.blocks, phase.settings.freeze)
+        if not phase.settings.cached_views or not frozen:
+            return None
+        return prefix.cut(adapted.backbone, self.blocks, frozen, self.backbone.spec.preprocess.size)
 
     def _shorten(
         self, phase: Train, number: int, adapted: Adapted, folder: Path | None
@@ -138,11 +146,8 @@ class Bench:
         The short model's modules are the whole one's: what it learns, the whole one knows.
         """
         settings, spec = phase.settings, self.backbone.spec
-        frozen = count_frozen(self.blocks, settings.freeze)
-        if not settings.cached_views or not frozen or folder is None:
-            return None
-        parts = prefix.cut(adapted.backbone, self.blocks, frozen, spec.preprocess.size)
-        if parts is None:
+        parts = self.cut(phase, adapted) if folder is not None else None
+        if parts is None or folder is None:
             return None
         bare = dataclasses.replace(spec, taps=(), views=("plain",))
         embedder = embedders.prepare(Backbone.of(bare, parts.prefix), self.device, self.precision)
@@ -202,7 +207,7 @@ class Bench:
 
         def judge(adapted: Adapted, check: Callable[[], None]) -> dict[str, float]:
             check()
-            backbone = Backbone.of(self.backbone.spec, adapted.backbone)
+            backbone = Backbone.of(self.backbone.spec.adapted(views=("plain",)), adapted.backbone)
             matrix = embed(backbone, album, self.device, self.precision, self.world, check)
             return self._score(adapted, matrix, samples)
 
@@ -263,8 +268,9 @@ def embed(
     return whole
 
 
-def answer(head: nn.Module, features: NDArray[np.float32]) -> NDArray[np.float32]:
-    """A head's logits (n, classes) for features (n, dim)."""
+def answer(head: nn.Module, features: NDArray[np.float32], views: int = 1) -> NDArray[np.float32]:
+    """A head's logits (n, classes) for features (n, views x dim), the mean over the views."""
     with torch.inference_mode():
-        logits: NDArray[np.float32] = head(torch.from_numpy(features)).numpy()
-    return logits
+        logits = head(torch.from_numpy(features).reshape(len(features) * views, -1))
+        means: NDArray[np.float32] = logits.view(len(features), views, -1).mean(1).numpy()
+    return means

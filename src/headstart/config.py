@@ -76,7 +76,10 @@ class TrainConfig:
     strategy: Literal["auto", "probe", "finetune", "lp-ft", "two-stage", "scratch"] = _setting(
         "auto",
         "probe fits a head on the frozen network; finetune trains everything; lp-ft fits the head first, then trains "
-        "everything; two-stage trains the head first; scratch starts from random weights (auto: probe)",
+        "everything; two-stage trains the head first; scratch starts from random weights (auto: by evidence)",
+    )
+    time_budget: str = _setting(
+        "5m", "how long strategy auto may take, such as 90s, 5m or 2h: what would take longer is not tried"
     )
     seed: int = _setting(0, "seed of splits, folds and resampling", least=0)
     cache: str = _setting("auto", "folder of cached features, or none (auto: $HEADSTART_CACHE, else the user's cache)")

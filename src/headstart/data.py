@@ -67,9 +67,9 @@ class Dataset:
         """The same data set with other samples."""
         return dataclasses.replace(self, samples=tuple(samples))
 
-    def of_role(self, role: Role) -> tuple[Sample, ...]:
-        """The samples of one role, in order."""
-        return tuple(sample for sample in self.samples if sample.role == role)
+    def of_role(self, *roles: Role) -> tuple[Sample, ...]:
+        """The samples of one role or several, in order."""
+        return tuple(sample for sample in self.samples if sample.role in roles)
 
 
 def is_hidden(name: str) -> bool:

@@ -91,6 +91,7 @@ class _State:
     best_epoch: int = -1
     best: float = math.nan
     seconds: float = 0.0  # of the epoch
+    spent: float = 0.0  # seconds of finished epochs
 
 
 class Training:
@@ -108,6 +109,7 @@ class Training:
         phase: number of the phase in its plan.
         folder: where checkpoints are kept; None: nowhere.
         world: this process among others.
+        seconds: that epochs may take together: none is begun that would take longer; None: as they will.
 
     Where the folder holds a checkpoint of this phase, the phase is where it was then.
     """
@@ -125,12 +127,13 @@ class Training:
         phase: int = 0,
         folder: Path | None = None,
         world: World = World(),
+        seconds: float | None = None,
     ) -> None:
         if layout.channels_last:
             model.to(memory_format=torch.channels_last)
         self.model, self.settings, self.layout = model, settings, layout
         self.material, self.validate = material, validate
-        self.seed, self.phase, self.folder, self.world = seed, phase, folder, world
+        self.seed, self.phase, self.folder, self.world, self.seconds = seed, phase, folder, world, seconds
         self.device, self.dtype = next(model.parameters()).device, getattr(torch, layout.precision)
         self.parts = optimisation.divide(model, blocks, settings)
         groups = optimisation.group_parameters(model, self.parts, settings)
@@ -161,7 +164,7 @@ class Training:
             if state.epoch < 0:
                 yield self._finish_epoch()
                 self._check(save=True)
-            while state.epoch < settings.epochs and not self._is_stale():
+            while state.epoch < settings.epochs and not self._is_stale() and not self._is_late():
                 self._booked = time.perf_counter()
                 parallel = self.thaw()
                 still = _copy(self._still_tensors())
@@ -216,8 +219,9 @@ class Training:
     def _pass(self, parallel: nn.Module, batch: Batch, count: int) -> Tensor:
         """One forward and backward pass; (loss, hits, pictures), summed over its pictures."""
         inputs = self.material.normalise(torch.from_numpy(batch.pixels).to(self.device))
-        if inputs.ndim == 4 and not self.layout.channels_last:
-            inputs = inputs.contiguous()
+        if inputs.ndim == 4:
+            form = torch.channels_last if self.layout.channels_last else torch.contiguous_format
+            inputs = inputs.contiguous(memory_format=form)
         targets, weights = batch.targets.to(self.device), batch.weights.to(self.device)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             logits = parallel(inputs).float()
@@ -350,6 +354,7 @@ class Training:
         loss, accuracy = (loss / pictures, hits / pictures) if pictures else (math.nan, math.nan)
         self._book_time()
         seconds = state.seconds
+        state.spent += seconds
         state.epoch, state.step, state.totals, state.seconds = state.epoch + 1, 0, [0.0, 0.0, 0.0], 0.0
         return Epoch(self.phase, state.epoch, loss, accuracy, figures, best, self.trainable, seconds)
 
@@ -360,6 +365,13 @@ class Training:
 
     def _is_stale(self) -> bool:
         return 0 < self.settings.patience <= self.state.epoch - self.state.best_epoch
+
+    def _is_late(self) -> bool:
+        """Whether another epoch would take longer than there is time; all processes go by the first one's clock."""
+        if self.seconds is None or not self.state.epoch:
+            return False
+        each = self.state.spent / self.state.epoch
+        return self.world.tell(self.state.spent + each > self.seconds)
 
     def _heed(self, alone: bool = True) -> None:
         """Stop where a signal came. Processes stop together: what one does alone, it finishes first."""

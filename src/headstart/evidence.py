@@ -23,17 +23,17 @@ from headstart.features import key_of
 from headstart.files import write_whole
 from headstart.heads import FittedHead
 from headstart.images import View as ViewName
-from headstart.plan import (
+from headstart.plan import FitHead
+from headstart.taps import find_depths
+from headstart.verdicts import (
     FINAL,
     Curve,
     Evidence,
-    FitHead,
     Variant,
     choose_variant,
     is_mirror_worth,
     is_mirror_worth_trying,
 )
-from headstart.taps import find_depths
 from headstart.views import View
 from headstart.zoo import Spec
 

@@ -33,18 +33,20 @@ from headstart import (
 from headstart import config as configs
 from headstart.backbones import Backbone
 from headstart.bench import Bench, answer, embed
+from headstart.blocks import count_frozen
 from headstart.config import RunConfig
 from headstart.data import Dataset, Sample
 from headstart.engine import Adapted
 from headstart.errors import UsageError
 from headstart.heads import FittedHead
 from headstart.history import open_history, summarise
-from headstart.images import Limits
+from headstart.images import Limits, View
 from headstart.material import draw_windows, make_window
 from headstart.model import Classifier
-from headstart.plan import FitHead, Layout, Plan, Train
+from headstart.plan import UNMEASURED, FitHead, Plan, Train
 from headstart.runs import RunFolder
 from headstart.taps import untap
+from headstart.trials import Pace
 
 log = logging.getLogger(__name__)
 
@@ -74,14 +76,30 @@ def fit_heads(
     return heads.fit_head(matrix, targets.argmax(1) if single else targets, folds, len(dataset.classes), phase.heads)
 
 
-def finish(bench: Bench, adapted: Adapted, provenance: Mapping[str, Any]) -> Classifier:
+def settle_head(bench: Bench, head: FittedHead, fitted: Sequence[Sample]) -> Classifier:
+    """The classifier of a head that was fitted on the features of some pictures, and is not trained further."""
+    targets = evaluation.encode(fitted, bench.dataset.classes)[head.rows]
+    facts = {"pictures": len(fitted), "heads": list_candidates(head)}
+    return assemble(
+        bench.dataset, bench.backbone, head.module, head.temperature, head.logits, targets, bench.limits, facts
+    )
+
+
+def list_candidates(head: FittedHead | None) -> list[dict[str, Any]]:
+    """The kinds of heads that were tried, as cross-validation found them; the first was taken."""
+    return [dataclasses.asdict(candidate) for candidate in head.candidates] if head is not None else []
+
+
+def finish(
+    bench: Bench, adapted: Adapted, provenance: Mapping[str, Any], views: tuple[View, ...] = ("plain",)
+) -> Classifier:
     """The classifier of a trained model, its temperature and thresholds found on the `select` pictures."""
     backbone, on_features = bench.backbone, isinstance(adapted.backbone, nn.Identity)
     if not on_features:
         trained = untap(adapted.backbone).state_dict()
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in trained.items()}
         origin = f"{backbone.spec.weights}, trained further" if backbone.spec.digest else "trained from random weights"
-        spec = dataclasses.replace(backbone.spec, weights=origin, digest=_digest(state))
+        spec = dataclasses.replace(backbone.spec, weights=origin, digest=_digest(state), views=views)
         backbone = Backbone(spec, state)
     head = adapted.head.cpu().eval().requires_grad_(False)
     samples = bench.dataset.of_role("select")
@@ -89,7 +107,7 @@ def finish(bench: Bench, adapted: Adapted, provenance: Mapping[str, Any]) -> Cla
         matrix = bench.rows(samples)
     else:
         matrix = embed(backbone, bench.album(samples), bench.device, bench.precision, bench.world)
-    logits = answer(head, matrix)
+    logits = answer(head, matrix, len(views))
     targets = evaluation.encode(samples, bench.dataset.classes)
     multi = bench.dataset.task == "multi"
     temperature, _ = metrics.find_temperature(logits, targets if multi else targets.argmax(1), multi)
@@ -158,26 +176,31 @@ def check_settings(bench: Bench, chosen: Plan) -> None:
                 break
 
 
-def measure_layout(bench: Bench, chosen: Plan, config: RunConfig) -> Layout:
-    """The layout in which the plan's last phase trains fastest on this machine; the first process measures."""
-    phase = chosen.phases[-1]
-    assert isinstance(phase, Train)
-    if phase.on == "features":
-        return Layout("float32", False)
-    if not bench.world.first:
-        return phase.layout  # it is told
-    spec = bench.backbone.spec
+def measure_pace(bench: Bench, chosen: Plan, config: RunConfig) -> Pace:
+    """The layout in which the plan's last training phase is fastest on this machine; the first process measures."""
+    phase = [phase for phase in chosen.phases if isinstance(phase, Train)][-1]
+    if phase.on == "features" or not bench.world.first:  # the others are told
+        return Pace(UNMEASURED, 0.0)
+    spec, adapted, blocks, settings = bench.backbone.spec, bench.begin(phase, None), bench.blocks, phase.settings
+    parts, activations = bench.cut(phase, adapted), None
+    if parts is not None:
+        example = torch.zeros(1, 3, spec.preprocess.size, spec.preprocess.size, device=bench.device)
+        activations = parts.prefix(example)[0].cpu().numpy().astype(np.float16)
+        adapted = Adapted(parts.suffix, adapted.head)
+        blocks = blocks[count_frozen(blocks, settings.freeze) :]
+        settings = dataclasses.replace(settings, freeze="")
     chosen_cache = config.train.cache
     cache = configs.cache_folder() if chosen_cache == "auto" else Path(chosen_cache)
-    return trials.find_layout(
-        bench.begin(phase, None),
-        bench.blocks,
-        phase.settings,
+    return trials.find_pace(
+        adapted,
+        blocks,
+        settings,
         spec.preprocess,
         bench.dataset.task,
         config.model.precision,
         f"{spec.library}/{spec.architecture}",
         None if chosen_cache == "none" else cache / "layouts",
+        activations,
     )
 
 
@@ -188,6 +211,11 @@ class Trained:
     adapted: Adapted
     plan: Plan
     facts: list[dict[str, Any]]  # JSON values, of each phase
+
+    def describe(self, bench: Bench, head: FittedHead | None) -> dict[str, Any]:
+        """Where the model comes from, as JSON values."""
+        pictures = len(bench.dataset.of_role("fit"))
+        return {"pictures": pictures, "heads": list_candidates(head), "training": self.facts}
 
 
 def train_phases(folder: RunFolder, chosen: Plan, bench: Bench, head: FittedHead | None, track: Any) -> Trained:

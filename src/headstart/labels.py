@@ -23,6 +23,10 @@ def imagenet_names(language: Language = "en") -> tuple[str, ...]:
 
 
 def find_names(classes: tuple[str, ...], language: Language) -> dict[str, str]:
-    """Class -> its name in a language, for classes that are English names or ids of ImageNet's; others are left out."""
+    """Class -> its name in a language, for classes that are English names or ids of ImageNet's; others are left out.
+
+    Of a class in nested folders, such as `dogs/n02086240`, the last part counts.
+    """
     known = {row[key]: row[_COLUMNS[language]] for key in ("english", "id") for row in _rows()}
-    return {label: known[label] for label in classes if label in known}
+    last = {label: label.rpartition("/")[2] for label in classes}
+    return {label: known[name] for label, name in last.items() if name in known}

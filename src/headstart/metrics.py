@@ -320,12 +320,19 @@ def _doubtful_loss(logits: Floats, multi: bool) -> float:
 
 def mean_loss(logits: Floats, targets: NDArray[Any], multi: bool) -> float:
     """Mean log-loss of logits over pictures (over pictures and labels with several labels a picture)."""
+    return float(losses_of(logits, targets, multi).mean())
+
+
+def losses_of(logits: Floats, targets: NDArray[Any], multi: bool) -> NDArray[np.float64]:
+    """The log-loss of each picture, (n,), of logits (n, classes); with several labels a picture, its labels' mean."""
     if multi:
         signed = np.where(targets, -logits, logits).astype(np.float64)
-        return float(np.logaddexp(0.0, signed).mean())
+        means: NDArray[np.float64] = np.logaddexp(0.0, signed).mean(1)
+        return means
     shifted = (logits - logits.max(1, keepdims=True)).astype(np.float64)
     own = np.take_along_axis(shifted, targets[:, None], 1)[:, 0]
-    return float((np.log(np.exp(shifted).sum(1)) - own).mean())
+    losses: NDArray[np.float64] = np.log(np.exp(shifted).sum(1)) - own
+    return losses
 
 
 def find_thresholds(probabilities: Floats, targets: NDArray[np.bool_], fewest: int = 10) -> tuple[float, ...]:

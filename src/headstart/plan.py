@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from headstart.config import AUTOMATIC_AUGMENT, EngineConfig, RunConfig
+from headstart.config import AUTOMATIC_AUGMENT, EngineConfig, RunConfig, TrainConfig
 from headstart.data import Task
 from headstart.errors import UsageError
+from headstart.verdicts import (
+    FINAL,
+    Evidence,
+    Outlook,
+    choose_variant,
+    describe_evidence,
+    is_mirror_worth,
+    read_time,
+    weigh_tuning,
+)
 
 if TYPE_CHECKING:
     from headstart.images import View
@@ -17,10 +28,6 @@ if TYPE_CHECKING:
 HEADS = ("logistic", "svm", "means", "knn")
 DEEP_HEADS = ("logistic", "means")  # on features of several depths: the others take long and were never the best
 KNN_PICTURES = 20_000  # with more, a model that holds all training features is no longer small
-FINAL = "final"  # the network's own features, among those of several depths
-# The cheaper of two variants is taken unless the other's log-loss is lower by more than this share.
-WORTH_DEPTH, WORTH_MIRROR = 0.01, 0.02
-SURE = 0.99  # accuracy by cross-validation from which mirror images are not tried
 Strategy = Literal["probe", "finetune", "lp-ft", "two-stage", "scratch"]
 
 
@@ -36,53 +43,17 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Variant:
-    """A head on features of some depths and views, as cross-validation found it."""
+class Timing:
+    """How fast weights are trained here; measured once, so that an interrupted run goes on as it began."""
 
-    taps: tuple[str, ...]  # `final` is the network's own features
-    views: tuple[View, ...]
-    head: str
-    log_loss: float
-    accuracy: float  # with its 95 % interval
-    low: float
-    high: float
-    pictures: int
+    layout: Layout  # the fastest
+    step_seconds: float  # of a training step in it, for each picture
+    seconds_left: float | None = None  # of the time budget, when it was measured
 
-    def __str__(self) -> str:
-        where = "the final features" if self.taps == (FINAL,) else " + ".join(self.taps)
-        seen = " and their mirror images" if len(self.views) > 1 else ""
-        return f"{self.head} on {where}{seen}: {self.accuracy:.3f} [{self.low:.3f}, {self.high:.3f}]"
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Errors by number of pictures, and what a power law through them foretells."""
-
-    points: tuple[tuple[int, float], ...]  # pictures, error
-    pictures: int  # that cross-validation fitted on
-    measured: float  # error there
-    foretold: float  # by the points alone: the curve's own check
-    doubled: float  # error with twice as many
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What features say before anything is trained."""
-
-    variants: tuple[Variant, ...]  # by depth, best first
-    mirror: tuple[Variant, Variant] | None  # without and with mirror images, where that was tried
-    curve: Curve | None
-
-    @property
-    def distance(self) -> float:
-        """How far the data are from what the network was pretrained on.
-
-        It is the share of the final features' log-loss that all depths together take away: about 0 on photographs of
-        what ImageNet shows, where the final features say all; 0.3 and more on X-rays and the like.
-        """
-        final = next(variant.log_loss for variant in self.variants if variant.taps == (FINAL,))
-        every = max(self.variants, key=lambda variant: len(variant.taps)).log_loss
-        return max(0.0, 1.0 - every / final) if final > 0 else 0.0
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> Timing:
+        """The timing in a plan's JSON values."""
+        return Timing(**{**values, "layout": Layout(**values["layout"])})
 
 
 @dataclass(frozen=True)
@@ -97,7 +68,7 @@ class Situation:
     folds: int  # that the smallest class and the groups allow
     device: str
     precision: str  # of features and predictions
-    layout: Layout | None = None  # the fastest for training, where weights are trained
+    timing: Timing | None = None  # where weights are trained
     evidence: Evidence | None = None  # where it was gathered
 
 
@@ -120,10 +91,20 @@ class Train:
     layout: Layout
     start: Literal["pretrained", "random"] = "pretrained"
     on: Literal["pictures", "features"] = "pictures"  # features: those of the cache, for a head alone
+    seconds: float | None = None  # that epochs may take together: none is begun that would take longer
     phase: Literal["train"] = "train"
 
 
-Phase = FitHead | Train
+@dataclass(frozen=True)
+class Choose:
+    """A phase: of the fitted head, what training made of it and what lies between, the best on the select pictures."""
+
+    shares: tuple[float, ...]  # of the way from the fitted head's weights to the trained ones; 1: all of it
+    views: tuple[tuple[View, ...], ...]  # of pictures, that predictions are averaged over
+    phase: Literal["choose"] = "choose"
+
+
+Phase = FitHead | Train | Choose
 
 
 @dataclass(frozen=True)
@@ -135,11 +116,17 @@ class Plan:
     precision: str
     phases: tuple[Phase, ...]
     reasons: tuple[str, ...]
+    timing: Timing | None = None
 
     @property
     def trains(self) -> bool:
         """Whether weights are trained by gradient."""
         return any(isinstance(phase, Train) for phase in self.phases)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether what was trained is held against the fitted head."""
+        return isinstance(self.phases[-1], Choose)
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values."""
@@ -154,6 +141,11 @@ def trains(config: RunConfig) -> bool:
 def gathers_evidence(config: RunConfig) -> bool:
     """Whether depths and views are chosen by evidence: where the strategy is, and no head is asked for by name."""
     return config.train.strategy == "auto" and not trains(config) and not config.model.taps
+
+
+def may_train(config: RunConfig) -> bool:
+    """Whether weights are trained, or may be where evidence is for it: pictures to choose by are needed."""
+    return trains(config) or (gathers_evidence(config) and read_time(config.train.time_budget) > 0)
 
 
 def needs_features(config: RunConfig) -> bool:
@@ -186,13 +178,20 @@ def decide(situation: Situation, config: RunConfig) -> Plan:
         phases.append(_plan_head(s, config, linear=strategy == "lp-ft", reasons=reasons))
     if trains(config):
         phases += _plan_training(s, strategy, config.engine, reasons)
+    elif s.evidence is not None:
+        phases = _plan_tuning(s, s.evidence, config, phases, reasons)
+    if s.select and not trains(config) and not any(isinstance(phase, Train) for phase in phases):
+        reasons.append(f"nothing is left to choose on the {s.select} select pictures: heads are fitted on them too")
     why = "the fastest format that this processor computes in" if config.model.precision == "auto" else "as set"
     reasons.append(f"{s.precision} on {s.device}: {why}")
-    return Plan(strategy, s.device, s.precision, tuple(phases), tuple(reasons))
+    return Plan(strategy, s.device, s.precision, tuple(phases), tuple(reasons), s.timing)
 
 
 def _check(situation: Situation, strategy: Strategy, config: RunConfig) -> None:
     engine = config.engine
+    if config.train.time_budget != TrainConfig().time_budget and not gathers_evidence(config):
+        why = f"has no effect with strategy {strategy}" + (" and --taps" if config.model.taps else "")
+        raise UsageError("time_budget", why, "Leave it out, or give --strategy auto alone.")
     if config.train.heads and trains(config) and strategy != "lp-ft":
         why = f"has no effect with strategy {strategy} and --head {engine.head}: no head is fitted on features"
         raise UsageError("heads", why, "Leave --head out." if strategy == "probe" else "Give --strategy probe.")
@@ -202,7 +201,7 @@ def _check(situation: Situation, strategy: Strategy, config: RunConfig) -> None:
         why = f"lp-ft fits a linear head first, and --head is {engine.head}"
         raise UsageError("strategy", why, "Give --strategy two-stage, which trains any head first.")
     if strategy == "probe":
-        _check_probe(engine)
+        _check_probe(engine, gathers_evidence(config))
     if strategy == "scratch" and engine.freeze:
         raise UsageError("freeze", "freezes random weights", "Leave it out, or give another --strategy.")
     if trains(config):
@@ -243,10 +242,18 @@ def _check_company(strategy: Strategy, engine: EngineConfig) -> None:
         raise UsageError("find_lr", why, "Leave one of them out; rates of 0, which freeze, may stay.")
 
 
-def _check_probe(engine: EngineConfig) -> None:
+# What `auto` heeds of the engine's settings: the others it decides itself.
+_OF_AUTO = ("symmetry", "checkpoint_minutes", "memory_mebibytes", "disk_mebibytes", "tensorboard")
+
+
+def _check_probe(engine: EngineConfig, auto: bool) -> None:
     """Nothing that is set goes unheeded: a fitted head has no use for the engine's settings, a trained one for some."""
-    default = EngineConfig()
-    changed = [f.name for f in dataclasses.fields(engine) if getattr(engine, f.name) != getattr(default, f.name)]
+    default, known = EngineConfig(), _OF_AUTO if auto else ()
+    changed = [
+        f.name
+        for f in dataclasses.fields(engine)
+        if f.name not in known and getattr(engine, f.name) != getattr(default, f.name)
+    ]
     of_pictures = ("augment", "symmetry", "mixup", "cutmix", "freeze", "rates", "unfreeze_epochs", "batch_norm")
     of_stages = ("head_epochs", "head_rate", "layer_decay")
     idle = changed if engine.head == "linear" else [name for name in changed if name in of_pictures + of_stages]
@@ -270,8 +277,6 @@ def _plan_head(s: Situation, config: RunConfig, linear: bool, reasons: list[str]
         reasons.append(
             f"{s.pictures} pictures for training, over {KNN_PICTURES}: no kNN, its model would hold them all"
         )
-    if s.select and not linear:
-        reasons.append(f"nothing is left to choose on the {s.select} select pictures: heads are fitted on them too")
     if s.folds < config.train.folds:
         cause = f"the smallest class has {s.smallest_class}" if s.smallest_class <= s.folds else "groups allow no more"
         reasons.append(f"{s.folds} folds instead of {config.train.folds}: {cause}")
@@ -285,51 +290,6 @@ def _plan_head(s: Situation, config: RunConfig, linear: bool, reasons: list[str]
     return FitHead(heads, s.folds, variant.taps, ("plain", "mirror") if mirrored else ("plain",))
 
 
-def choose_variant(variants: Sequence[Variant]) -> Variant:
-    """The variant with the least log-loss; the final features alone, where they are as good but for a hundredth."""
-    best = min(variants, key=lambda variant: variant.log_loss)
-    final = next(variant for variant in variants if variant.taps == (FINAL,))
-    return final if final.log_loss <= best.log_loss * (1 + WORTH_DEPTH) else best
-
-
-def describe_evidence(evidence: Evidence) -> list[str]:
-    """What was found, in words and numbers."""
-    lines = [f"{variant}, log-loss {variant.log_loss:.3f}" for variant in evidence.variants]
-    lines.append(
-        f"distance from the pretraining pictures {evidence.distance:.2f}, of 0 to 1: {_name(evidence.distance)}"
-    )
-    if evidence.mirror is not None:
-        alone, both = (variant.log_loss for variant in evidence.mirror)
-        verdict = "taken" if is_mirror_worth(evidence.mirror) else "not worth a second pass"
-        lines.append(f"mirror images: log-loss {alone:.3f} without, {both:.3f} with them: {verdict}")
-    curve = evidence.curve
-    if curve is not None:
-        lines.append(
-            f"accuracy with {2 * curve.pictures} pictures for training: {1 - curve.doubled:.3f} foretold, "
-            f"{1 - curve.measured:.3f} with {curve.pictures}, where the curve up to half of them foretold "
-            f"{1 - curve.foretold:.3f}"
-        )
-    return lines
-
-
-def _name(distance: float) -> str:
-    """A distance in words."""
-    if distance < 0.05:
-        return "the final features say all"
-    return "earlier features help" if distance < 0.3 else "the pictures are of another kind"
-
-
-def is_mirror_worth_trying(best: Variant, symmetry: str) -> bool:
-    """Whether mirror images of pictures mean the same, and there is something left to gain by them."""
-    return symmetry != "none" and best.accuracy < SURE
-
-
-def is_mirror_worth(pair: tuple[Variant, Variant]) -> bool:
-    """Whether mirror images, which cost a second pass, take away enough of the log-loss."""
-    alone, both = pair
-    return both.log_loss < alone.log_loss * (1 - WORTH_MIRROR)
-
-
 def _read_heads(text: str, task: Task, linear: bool) -> tuple[str, ...]:
     heads = tuple(dict.fromkeys(filter(None, (head.strip() for head in text.split(",")))))
     allowed = HEADS[:1] if task == "multi" else HEADS[:3] if linear else HEADS
@@ -341,16 +301,16 @@ def _read_heads(text: str, task: Task, linear: bool) -> tuple[str, ...]:
 
 
 def _plan_training(s: Situation, strategy: Strategy, engine: EngineConfig, reasons: list[str]) -> list[Phase]:
-    assert s.layout is not None  # measured wherever weights are trained
+    layout = s.timing.layout if s.timing is not None else UNMEASURED
     settings = settle(s, strategy, engine)
     reasons.append(f"the best of {settings.epochs} epochs by {settings.best_by} on {s.select} select pictures")
     reasons.append(f"{settings.optimizer}, learning rate {settings.learning_rate:g}, {settings.batch_size} a batch")
     start: Literal["pretrained", "random"] = "random" if strategy == "scratch" else "pretrained"
     if strategy == "probe" or (strategy in ("finetune", "lp-ft") and _is_still(settings)):
         reasons.append("only the head is trained, and pictures are not varied: on features, computed once")
-        return [Train(settings, s.layout, start, "features")]
-    reasons.append(f"training in {s.layout}")
-    last = Train(settings, s.layout, start)
+        return [Train(settings, layout, start, "features")]
+    reasons.append(f"training in {layout}")
+    last = Train(settings, layout, start)
     if strategy != "two-stage":
         return [last]
     first = dataclasses.replace(
@@ -366,7 +326,32 @@ def _plan_training(s: Situation, strategy: Strategy, engine: EngineConfig, reaso
         weight_decay=0.0,
     )
     reasons.append(f"first the head alone: {first.epochs} epochs by adam at {first.learning_rate:g}")
-    return [Train(first, s.layout, start), last]
+    return [Train(first, layout, start), last]
+
+
+def _plan_tuning(
+    s: Situation, evidence: Evidence, config: RunConfig, phases: list[Phase], reasons: list[str]
+) -> list[Phase]:
+    """What follows the fitted head under `auto`: the last blocks trained on kept activations, where that may pay."""
+    timing = s.timing or Timing(UNMEASURED, 0.0, read_time(config.train.time_budget))
+    (head,) = phases
+    assert isinstance(head, FitHead)
+    left = math.inf if timing.seconds_left is None else timing.seconds_left
+    outlook = Outlook(s.pictures - s.select, s.select, timing.step_seconds, left)
+    epochs, why = weigh_tuning(evidence, outlook)
+    reasons.append(why)
+    if not epochs:
+        return phases
+    every = max((variant.taps for variant in evidence.variants), key=len)
+    engine = dataclasses.replace(
+        config.engine, epochs=epochs, learning_rate=TUNED_RATE, freeze=every[0], cached_views=TUNED_VIEWS
+    )
+    train = Train(settle(s, "lp-ft", engine), timing.layout, seconds=timing.seconds_left)
+    views: tuple[tuple[View, ...], ...] = (("plain",),)
+    if engine.symmetry != "none":
+        views += (("plain", "mirror"),)
+    linear = tuple(kind for kind in head.heads if kind != "knn")  # it has no weights to go on from
+    return [dataclasses.replace(head, heads=linear), train, Choose(SHARES, views)]
 
 
 def settle(s: Situation, strategy: Strategy, engine: EngineConfig) -> EngineConfig:
@@ -397,6 +382,9 @@ def _settle_augment(strategy: Strategy, engine: EngineConfig) -> str:
 EPOCHS: dict[Strategy, int] = {"probe": 100, "finetune": 10, "lp-ft": 6, "two-stage": 8, "scratch": 60}
 RATES: dict[Strategy, float] = {"probe": 1e-3, "finetune": 3e-4, "lp-ft": 1e-4, "two-stage": 3e-4, "scratch": 2e-3}
 SGD_OVER_ADAM = 10.0
+TUNED_RATE, TUNED_VIEWS = 3e-4, 4  # of the last blocks alone, and the views of each picture that they are shown
+SHARES = (0.25, 0.5, 0.75, 1.0)
+UNMEASURED = Layout("float32", False)
 LAYER_DECAY = 0.75  # of the next block's rate; the first of nine blocks learns at a tenth of the head's
 
 

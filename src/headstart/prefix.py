@@ -115,7 +115,9 @@ def _shorten(network: nn.Module, boundary: str, size: int) -> nn.Module:
     memo |= {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
     suffix = copy.deepcopy(network, memo)
     end = _Boundary()
-    end._forward_hooks.update(network.get_submodule(boundary)._forward_hooks)  # taps of the boundary catch what it gives
+    end._forward_hooks.update(
+        network.get_submodule(boundary)._forward_hooks
+    )  # taps of the boundary catch what it gives
     suffix.get_submodule(".".join(parts[:-1])).register_module(parts[-1], end)
     whole = type(network)
 

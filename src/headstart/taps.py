@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from headstart.blocks import Block, find_blocks, find_end, list_names
 from headstart.config import did_you_mean
 from headstart.errors import UsageError
-from headstart.plan import FINAL
+from headstart.verdicts import FINAL
 
 
 class Tapped(nn.Module):

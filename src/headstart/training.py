@@ -30,10 +30,11 @@ from headstart.data import Dataset, Sample, count_classes
 from headstart.errors import ConfigError, DataError, RunError
 from headstart.features import Survey, Track
 from headstart.networks import Network, find_network
-from headstart.plan import FitHead, Layout, Plan, Situation
+from headstart.plan import FitHead, Plan, Situation, Timing
 from headstart.processes import World
 from headstart.quality import Audit
 from headstart.runs import RunFolder
+from headstart.verdicts import LEAST_SELECT, read_time
 from headstart.views import View
 from headstart.zoo import Spec
 
@@ -123,23 +124,23 @@ def _conduct(
     dry_run: bool,
 ) -> Run | Plan:
     """The run, from the first picture to the last file; `metrics.json` comes last and marks it as finished."""
-    clock = _Clock()
+    clock = _Clock(config)
     view = _look(folder, given, network, config, track, world)
     clock.mark("pictures")
-    from headstart import evaluation
+    from headstart import evaluation, phases
     from headstart.bench import embed
 
     audit, dataset = _deal(given, view.survey, config)
     sight = _weigh(dataset, network, view, audit, config, track, world)
     clock.mark("evidence")
     bench = _set_up(dataset, network, view, sight, config, world)
-    chosen = _decide(folder, bench, audit, config, view, sight)
+    chosen = _decide(folder, bench, audit, config, view, sight, clock)
     folder.write_json("audit.json", audit.to_json())
     folder.write_text("split.csv", splits.to_csv(dataset))
     clock.mark("audit")
     if dry_run:
         return chosen
-    classifier, chosen = _carry_out(folder, chosen, bench, audit, config, track)
+    classifier, chosen = phases.carry_out(folder, chosen, bench, audit.groups, track)
     clock.mark("training" if chosen.trains else "heads")
     report = dataset.of_role("report")
     if classifier.backbone is bench.backbone:
@@ -309,9 +310,12 @@ def _deal(given: Dataset, survey: Survey, config: RunConfig) -> tuple[Audit, Dat
     """The audit, and the readable pictures with their roles."""
     audit = quality.inspect(given, survey.digests, survey.facts, survey.unreadable)
     dataset = splits.assign_roles(audit.clean, audit.groups, config.train.report_share, config.train.seed)
-    if plan.trains(config):
+    if plan.may_train(config):
+        whole = dataset
         dataset = splits.assign_select(dataset, audit.groups, config.train.select_share, config.train.seed)
-        if not dataset.of_role("select"):
+        if not plan.trains(config) and len(dataset.of_role("select")) < LEAST_SELECT:
+            dataset = whole  # nothing will be chosen on so few
+        elif not dataset.of_role("select"):
             why = "has too few pictures to keep any to choose by"
             raise DataError(given.root, why, "Add pictures, or give --strategy probe.")
     # What weights are chosen by is not learned from; heads alone are fitted on it too.
@@ -339,7 +343,7 @@ def _weigh(
         return evidence.Sight(network.spec, None, view.rows)
     phase = plan.decide(_situate(dataset, audit, config, view), config).phases[0]
     assert isinstance(phase, FitHead)
-    fitted = (*dataset.of_role("fit"), *dataset.of_role("select"))
+    fitted = dataset.of_role("fit", "select")
     table = evidence.Table(fitted, dataset, audit.groups, phase, config.train.seed)
 
     def look(spec: Spec, samples: Sequence[Sample]) -> View:
@@ -371,7 +375,7 @@ def _set_up(dataset: Dataset, network: Network, view: View, sight: Sight, config
 def _situate(dataset: Dataset, audit: Audit, config: RunConfig, view: View) -> Situation:
     """The facts that a plan is made from."""
     trains = plan.trains(config)
-    fitted = dataset.of_role("fit") if trains else (*dataset.of_role("fit"), *dataset.of_role("select"))
+    fitted = dataset.of_role("fit") if trains else dataset.of_role("fit", "select")
     return Situation(
         dataset.task,
         len(dataset.classes),
@@ -381,53 +385,30 @@ def _situate(dataset: Dataset, audit: Audit, config: RunConfig, view: View) -> S
         splits.count_folds(fitted, audit.groups, config.train.folds),
         view.device,
         view.precision,
-        Layout("float32", False) if trains else None,  # until it is measured
     )
 
 
-def _decide(folder: RunFolder, bench: Bench, audit: Audit, config: RunConfig, view: View, sight: Sight) -> Plan:
-    """The plan, written; an interrupted run's layout is kept, as another one would end with other bits."""
-    dataset, trains = bench.dataset, plan.trains(config)
-    situation = dataclasses.replace(_situate(dataset, audit, config, view), evidence=sight.evidence)
+def _decide(
+    folder: RunFolder, bench: Bench, audit: Audit, config: RunConfig, view: View, sight: Sight, clock: _Clock
+) -> Plan:
+    """The plan, written; an interrupted run's timing is kept, as another one would end with other bits."""
+    situation = dataclasses.replace(_situate(bench.dataset, audit, config, view), evidence=sight.evidence)
     chosen = plan.decide(situation, config)
-    if trains:
+    if chosen.trains:
         from headstart import fitting
 
         fitting.check_settings(bench, chosen)
-        before = folder.read_json("plan.json")
-        kept = [phase["layout"] for phase in before["phases"] if "layout" in phase] if before else []
-        layout = kept[0] if kept else dataclasses.asdict(fitting.measure_layout(bench, chosen, config))
-        chosen = plan.decide(dataclasses.replace(situation, layout=Layout(**bench.world.tell(layout))), config)
+        before = (folder.read_json("plan.json") or {}).get("timing")
+        pace = None if before else fitting.measure_pace(bench, chosen, config)
+        timing = before if pace is None else dataclasses.asdict(Timing(pace.layout, pace.seconds, clock.left()))
+        chosen = plan.decide(
+            dataclasses.replace(situation, timing=Timing.from_json(bench.world.tell(timing or {}))), config
+        )
     if any(isinstance(phase, FitHead) and not phase.folds for phase in chosen.phases):
         why = "has no class with two pictures or groups for training: none can be held out to choose by"
-        raise DataError(dataset.root, why, "Add pictures, or give smaller groups.")
+        raise DataError(bench.dataset.root, why, "Add pictures, or give smaller groups.")
     folder.write_json("plan.json", chosen.to_json())
     return chosen
-
-
-def _carry_out(
-    folder: RunFolder, chosen: Plan, bench: Bench, audit: Audit, config: RunConfig, track: Track
-) -> tuple[Classifier, Plan]:
-    """(the classifier that the phases give, one after the other; the plan as it was carried out)."""
-    from headstart import evaluation, fitting
-
-    dataset, head = bench.dataset, None
-    fitted = dataset.of_role("fit") if chosen.trains else (*dataset.of_role("fit"), *dataset.of_role("select"))
-    provenance: dict[str, Any] = {"pictures": len(fitted), "heads": []}
-    if isinstance(chosen.phases[0], FitHead):
-        head = fitting.fit_heads(bench.rows(fitted), fitted, dataset, audit.groups, chosen.phases[0], config.train.seed)
-        # out of fold; the first was taken
-        provenance["heads"] = [dataclasses.asdict(candidate) for candidate in head.candidates]
-    if not chosen.trains:
-        assert head is not None
-        targets = evaluation.encode(fitted, dataset.classes)[head.rows]
-        classifier = fitting.assemble(
-            dataset, bench.backbone, head.module, head.temperature, head.logits, targets, bench.limits, provenance
-        )
-        return classifier, chosen
-    trained = fitting.train_phases(folder, chosen, bench, head, track)
-    provenance["training"] = trained.facts
-    return fitting.finish(bench, trained.adapted, provenance), trained.plan
 
 
 def _without_duplicates(report: Sequence[Sample], dataset: Dataset, audit: Audit) -> list[int]:
@@ -477,11 +458,16 @@ def _count_seen(folder: RunFolder, survey: Survey) -> int | None:
 
 
 class _Clock:
-    """Seconds by part of a run."""
+    """Seconds by part of a run, and what is left of its time budget."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: RunConfig) -> None:
         self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
+        self._start = self._last = time.perf_counter()
+        self._budget = read_time(config.train.time_budget) if plan.gathers_evidence(config) else None
+
+    def left(self) -> float | None:
+        """Seconds left of the budget; None where there is none."""
+        return None if self._budget is None else self._budget - (time.perf_counter() - self._start)
 
     def mark(self, part: str) -> None:
         """Book the time since the last mark on a part."""

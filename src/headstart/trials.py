@@ -11,12 +11,15 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from headstart.blocks import Block
 from headstart.config import EngineConfig
@@ -37,7 +40,19 @@ RANGE_STEPS = 100
 SMOOTHING, UNSMOOTHED = 0.9, 10
 
 
-def find_layout(
+@dataclass(frozen=True)
+class Pace:
+    """The layout in which training is fastest, and how fast it is."""
+
+    layout: Layout
+    seconds: float  # of a training step, for each of its pictures
+
+    def to_json(self) -> dict[str, object]:
+        """The pace as JSON values."""
+        return {**dataclasses.asdict(self.layout), "seconds": self.seconds}
+
+
+def find_pace(
     model: Adapted,
     blocks: Sequence[Block],
     settings: EngineConfig,
@@ -46,7 +61,8 @@ def find_layout(
     precision: str,
     name: str,
     cache: Path | None,
-) -> Layout:
+    activations: NDArray[np.float16] | None = None,
+) -> Pace:
     """The layout in which a training step is fastest, timed once per network, settings and machine.
 
     Neither bfloat16 nor channels-last is fastest everywhere: depthwise convolutions, for one, have slow backward passes
@@ -61,45 +77,50 @@ def find_layout(
         precision: `auto`, or the only one to be considered.
         name: of the network, for the cache.
         cache: folder where answers are kept; None: nowhere.
+        activations: what stands for each picture where the first blocks do not run, (...); None: pixels.
     """
     device = next(model.parameters()).device
     batch = min(settings.batch_size, MOST_PICTURES)
     settings = dataclasses.replace(settings, batch_size=batch, accumulate=1, sampling="plain", ema=0.0)
     file = None
     if cache is not None:
-        described = (name, preprocess.size, batch, settings.freeze, settings.batch_norm, settings.optimizer, precision)
+        side = preprocess.size if activations is None else activations.shape
+        described = (name, side, batch, settings.freeze, settings.batch_norm, settings.optimizer, precision)
         key = hashlib.sha256(json.dumps([*described, _describe_machine(device)]).encode()).hexdigest()[:32]
         file = cache / f"layout-{key}.json"
         known = _recall(file)
         if known is not None:
-            log.info("training in %s, the fastest when steps were timed", known)
+            log.info("training in %s, the fastest when steps were timed", known.layout)
             return known
+    shown, normalise = _imagine(preprocess) if activations is None else (activations, Tensor.float)
     seconds: dict[Layout, float] = {}
     with kept_memory():
         for layout in _candidates(device, precision):
-            seconds[layout] = _time_steps(copy.deepcopy(model), blocks, settings, layout, preprocess, task)
+            seconds[layout] = _time_steps(copy.deepcopy(model), blocks, settings, layout, shown, normalise, task)
     best = min(seconds, key=seconds.__getitem__)
     if math.isinf(seconds[best]):
         why = f"a training step runs in none of: {'; '.join(map(str, seconds))}"
         raise TrainingError(name, why, "Give a smaller --batch-size, or another --precision or --device.")
-    shown = "; ".join(f"{layout}: {batch / taken:.1f}" for layout, taken in seconds.items())
-    log.info("training steps timed, pictures a second: %s", shown)
+    speeds = "; ".join(f"{layout}: {batch / taken:.1f}" for layout, taken in seconds.items())
+    log.info("training steps timed, pictures a second: %s", speeds)
+    pace = Pace(best, seconds[best] / batch)
     if file is not None:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(file, json.dumps(dataclasses.asdict(best)).encode())
+            write_whole(file, json.dumps(pace.to_json()).encode())
         except OSError as error:
             log.info("%s cannot be written (%s): the steps will be timed again", file, error.strerror)
-    return best
+    return pace
 
 
-def _recall(file: Path) -> Layout | None:
+def _recall(file: Path) -> Pace | None:
     """The answer in a file; None where there is none, or it cannot be read."""
     if not file.exists():
         return None
     try:
-        return Layout(**json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, OSError) as error:
+        known = json.loads(file.read_text(encoding="utf-8"))
+        return Pace(seconds=float(known.pop("seconds")), layout=Layout(**known))
+    except (ValueError, TypeError, LookupError, AttributeError, OSError) as error:
         log.info("%s cannot be read (%s): the steps are timed again", file, error)
         return None
 
@@ -129,20 +150,26 @@ def _processor_name() -> str:
     return " ".join(next((line for line in lines if line.startswith(name)), "") for name in ("model name", "flags"))
 
 
+def _imagine(preprocess: Preprocess) -> tuple[NDArray[Any], Callable[[Tensor], Tensor]]:
+    """(pixels of a picture that was never taken, what makes them a network's input)."""
+    pixels = np.random.default_rng(0).integers(0, 256, (preprocess.size, preprocess.size, 3), np.uint8)
+    return pixels, preprocess.normalise
+
+
 def _time_steps(
     model: Adapted,
     blocks: Sequence[Block],
     settings: EngineConfig,
     layout: Layout,
-    preprocess: Preprocess,
+    shown: NDArray[Any],
+    normalise: Callable[[Tensor], Tensor],
     task: Task,
 ) -> float:
     """Seconds of a step in a layout, the median of several; infinite where it does not run."""
-    batch, size = settings.batch_size, preprocess.size
+    batch = settings.batch_size
     classes = next(reversed(list(model.head.parameters()))).shape[0]
-    pixels = np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)
     targets = np.eye(classes, dtype=bool)[np.arange(batch * (STEPS + 1)) % classes]
-    material = Material(lambda *_: pixels, preprocess.normalise, targets, task)
+    material = Material(lambda *_: shown, normalise, targets, task)
     training = Training(model, blocks, settings, layout, material, lambda *_: {})
     training.state.epoch = 0
     parallel, times = training.thaw(), []
