@@ -1,8 +1,11 @@
+import importlib
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from torchvision import models
 
 import headstart
 from headstart import cookbook, pictures, zoo
@@ -149,3 +152,19 @@ def test_birds_reaches_its_range_with_breeds_in_nested_folders(real_data, tmp_pa
     cookbook.recipe("birds", tmp_path / "breeds", tmp_path / "out", epochs=2)
     figures = json.loads((tmp_path / "out/two-stage/metrics.json").read_text())["metrics"]
     assert figures["accuracy"]["value"] > 0.75
+
+
+ORIGINALS = {name: importlib.import_module(f"headstart.recipes.{name.replace('-', '_')}").NETWORK for name in TRAINED}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_recipe_runs_with_its_tutorials_own_network(name, few, tmp_path):
+    network = ORIGINALS[name]
+    torch.manual_seed(0)
+    whole = models.get_model(network.removeprefix("torchvision/"), weights=None)
+    torch.save(whole.state_dict(), tmp_path / "random.pth")
+    settings = {"backbone": network, "weights": str(tmp_path / "random.pth"), "epochs": 1, "device": "cpu"}
+    assert "| run | accuracy |" in cookbook.recipe(name, few, tmp_path / "out", **settings)
+    for file in (tmp_path / "out").glob("*/environment.json"):
+        assert json.loads(file.read_text())["backbone"]["name"] == network

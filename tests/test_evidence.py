@@ -7,11 +7,12 @@ import torch
 from PIL import Image, ImageOps
 
 import headstart
-from headstart import backbones, evidence, plan
+from headstart import backbones, evidence, plan, verdicts
 from headstart.data import Dataset, Sample
 from headstart.evidence import Depths, Table
-from headstart.plan import FINAL, Curve, Evidence, FitHead, Variant
+from headstart.plan import FitHead
 from headstart.taps import Tapped, find_depths
+from headstart.verdicts import FINAL, Curve, Evidence, Variant
 
 CLASSES = ("a", "b", "c")
 PHASE = FitHead(("logistic", "svm", "means", "knn"), 5)
@@ -69,7 +70,7 @@ def test_mirror_images_are_worth_it_where_they_say_more(tmp_path):
     same = {sample.source: row for sample, row in zip(table.samples, plain, strict=True)}
     more = evidence.weigh_mirror(table, plain, lambda s: np.stack([fresh[x.source] for x in s]), (FINAL,))
     none = evidence.weigh_mirror(table, plain, lambda s: np.stack([same[x.source] for x in s]), (FINAL,))
-    assert plan.is_mirror_worth(more) and not plan.is_mirror_worth(none)
+    assert verdicts.is_mirror_worth(more) and not verdicts.is_mirror_worth(none)
     assert more[1].views == ("plain", "mirror") and more[0].views == ("plain",)
 
 
@@ -132,7 +133,7 @@ ALL = ("x", "y", FINAL)
     ],
 )
 def test_the_cheaper_variant_is_taken_where_the_other_is_hardly_better(losses, chosen):
-    assert plan.choose_variant([variant(taps, loss) for taps, loss in losses.items()]).taps == chosen
+    assert verdicts.choose_variant([variant(taps, loss) for taps, loss in losses.items()]).taps == chosen
 
 
 @pytest.mark.parametrize(
@@ -140,7 +141,7 @@ def test_the_cheaper_variant_is_taken_where_the_other_is_hardly_better(losses, c
     [(0.9, "mirror", True), (0.9, "any", True), (0.9, "none", False), (0.995, "mirror", False)],
 )
 def test_mirror_images_are_tried_where_they_mean_the_same_and_there_is_something_to_gain(accuracy, symmetry, tried):
-    assert plan.is_mirror_worth_trying(variant(ALL, 0.2, accuracy), symmetry) is tried
+    assert verdicts.is_mirror_worth_trying(variant(ALL, 0.2, accuracy), symmetry) is tried
 
 
 @pytest.mark.parametrize(
@@ -153,7 +154,7 @@ def test_distance_is_the_share_of_the_log_loss_that_depths_take_away(final, ever
 def test_reasons_say_what_was_found_in_numbers():
     curve = Curve(((10, 0.4), (20, 0.3), (40, 0.2)), 64, 0.15, 0.16, 0.1)
     pair = variant(ALL, 0.20), variant(ALL, 0.18)
-    lines = "\n".join(plan.describe_evidence(Evidence((variant(ALL, 0.2), variant((FINAL,), 0.3)), pair, curve)))
+    lines = "\n".join(verdicts.describe_evidence(Evidence((variant(ALL, 0.2), variant((FINAL,), 0.3)), pair, curve)))
     for part in (
         "logistic on x + y + final: 0.900 [0.850, 0.950]",
         "distance",

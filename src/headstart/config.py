@@ -79,7 +79,9 @@ class TrainConfig:
         "everything; two-stage trains the head first; scratch starts from random weights (auto: by evidence)",
     )
     time_budget: str = _setting(
-        "5m", "how long strategy auto may take, such as 90s, 5m or 2h: what would take longer is not tried"
+        "0",
+        "how long strategy auto may take to train the last blocks further too, such as 90s, 5m or 2h; what would take "
+        "longer is not tried (0: nothing is trained)",
     )
     seed: int = _setting(0, "seed of splits, folds and resampling", least=0)
     cache: str = _setting("auto", "folder of cached features, or none (auto: $HEADSTART_CACHE, else the user's cache)")

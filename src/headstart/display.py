@@ -119,6 +119,8 @@ def _describe_training(run: Run) -> list[str]:
             f"plan:  {run.plan.strategy}; {facts['trainable']:,} of {facts['parameters']:,} parameters trained "
             f"in {facts['seconds']:.0f} s; {kept}"
         )
+    if run.plan.chooses:
+        lines.append(f"plan:  {run.plan.reasons[-1]}")
     return lines
 
 

@@ -333,7 +333,11 @@ def _plan_tuning(
     s: Situation, evidence: Evidence, config: RunConfig, phases: list[Phase], reasons: list[str]
 ) -> list[Phase]:
     """What follows the fitted head under `auto`: the last blocks trained on kept activations, where that may pay."""
-    timing = s.timing or Timing(UNMEASURED, 0.0, read_time(config.train.time_budget))
+    budget = read_time(config.train.time_budget)
+    if not budget:
+        reasons.append("not trained further: that is tried where a --time-budget is given, such as 5m")
+        return phases
+    timing = s.timing or Timing(UNMEASURED, 0.0, budget)
     (head,) = phases
     assert isinstance(head, FitHead)
     left = math.inf if timing.seconds_left is None else timing.seconds_left

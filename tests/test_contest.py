@@ -1,0 +1,394 @@
+"""The contest's bookkeeping: what is run, what is kept of it, and what the report makes of the rows."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def contest(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("contest")
+
+
+@pytest.fixture
+def rivals(contest):
+    return importlib.import_module("rivals")
+
+
+@pytest.fixture
+def data(contest, monkeypatch, tmp_path):
+    """Two sets with uneven classes; nothing reads what is in the files."""
+    for name in ("hymenoptera", "flowers"):
+        for part, counts in (("train", {"a": 130, "b": 12, "c": 4}), ("val", {"a": 5, "b": 3, "c": 2})):
+            for label, count in counts.items():
+                folder = tmp_path / "data" / name / part / label
+                folder.mkdir(parents=True)
+                for number in range(count):
+                    (folder / f"{number}.jpg").touch()
+                (folder / ".hidden").touch()
+    monkeypatch.setattr(contest, "DATA", tmp_path / "data")
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def runs(contest, monkeypatch):
+    """The commands that were run, in place of running them: all pictures are said to be of class b."""
+    commands = []
+
+    def run(command, cache):
+        assert not cache.exists()
+        words = [str(word) for word in command]
+        commands.append(words)
+        ours = "--out" in words
+        out = Path(words[words.index("--out") + 1] if ours else words[6])
+        table, images = (Path(words[place]) for place in ((4, 6) if ours else (3, 4)))
+        out.mkdir()
+        with table.open() as file:
+            test = [row["image"] for row in csv.DictReader(file) if row["split"] == "test"]
+        # headstart names pictures by their whole path where they do not lie below the table's folder
+        lines = [f"{images / name if ours else name},b" for name in reversed(test)]
+        (out / "predictions.csv").write_text("\n".join(["source,label", *lines]) + "\n")
+        (out / "plan.json").write_text(json.dumps({"strategy": "probe", "phases": [], "reasons": ["many"]}))
+        (out / "environment.json").write_text(json.dumps({"versions": {"torch": "2.0"}}))
+        return 12.345, 1000
+
+    monkeypatch.setattr(contest, "run", run)
+    monkeypatch.setattr(contest.subprocess, "run", lambda command, check: None)
+    return commands
+
+
+def row_of(contest, name, entrant, right, cut=None, seed=0, seconds=10.0, true=None):
+    """A row in which the pictures that `right` tells are right, of two classes where `true` is not given."""
+    true = [place % 2 for place in range(len(right))] if true is None else true
+    predicted = [label if good else 1 - label for label, good in zip(true, right, strict=True)]
+    return {
+        "set": name,
+        "cut": cut or contest.FULL,
+        "seed": seed,
+        "entrant": entrant,
+        "seconds": seconds,
+        "memory": 750_000_000,
+        "n": len(true),
+        "accuracy": float(np.mean(right)),
+        "true": true,
+        "predicted": predicted,
+        "plan": {"strategy": "probe", "phases": []},
+        "versions": {"torch": "2.0"},
+        "machine": "a machine",
+    }
+
+
+def first(count, n):
+    return [place < count for place in range(n)]
+
+
+def table_of(text, title, *cells):
+    """The cells of the one row in a section of the report that begins with these cells."""
+    section = text.split(f"## {title}\n")[1].split("\n## ")[0]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if "|" in line]
+    (found,) = [line for line in lines if tuple(line[: len(cells)]) == cells]
+    return found
+
+
+@pytest.fixture
+def report(contest, monkeypatch, tmp_path):
+    """A function from rows to the report's text; nothing is drawn."""
+    monkeypatch.setattr(contest, "draw_plot", lambda results, file: None)
+
+    def write(rows):
+        contest.write_report(rows, tmp_path / "contest.md")
+        return (tmp_path / "contest.md").read_text(encoding="utf-8")
+
+    return write
+
+
+# What is run
+
+
+def test_a_cut_has_ten_of_each_class_and_the_whole_test(contest, data):
+    whole = contest.list_pictures(data / "hymenoptera", ("hymenoptera", contest.FULL, 0))
+    cut = contest.list_pictures(data / "hymenoptera", ("hymenoptera", contest.CUT, 0))
+    counts = {label: sum(one[1:] == (label, "train") for one in cut) for label in "abc"}
+    assert counts == {"a": 10, "b": 10, "c": 4}
+    assert [one for one in cut if one[2] == "test"] == [one for one in whole if one[2] == "test"]
+    assert sum(one[2] == "test" for one in whole) == 10
+    assert sum(one[2] == "train" for one in whole) == 146
+    assert set(cut) < set(whole)
+    assert len(set(cut)) == len(cut)
+
+
+def test_a_cut_is_the_same_for_a_seed_and_another_for_another(contest, data):
+    cuts = [contest.list_pictures(data / "flowers", ("flowers", contest.CUT, seed)) for seed in (0, 0, 1, 2)]
+    assert cuts[0] == cuts[1]
+    assert cuts[0] != cuts[2] != cuts[3] != cuts[0]
+    names = [f"{number}.jpg" for number in range(40)]
+    drawn = contest.draw_names(names, 10, 0)
+    assert drawn == contest.draw_names(names[::-1], 10, 0)
+    assert sorted(drawn) != sorted(contest.draw_names(names, 10, 1))
+    # The same on every machine: kept from the first time.
+    assert contest.draw_names(names, 4, 0) == ["7.jpg", "4.jpg", "9.jpg", "21.jpg"]
+
+
+def test_a_cut_of_flowers_is_one_of_its_hundred_a_class(contest, data):
+    whole = contest.list_pictures(data / "flowers", ("flowers", contest.FULL, 0))
+    assert {label: sum(one[1:] == (label, "train") for one in whole) for label in "abc"} == {"a": 100, "b": 12, "c": 4}
+    for seed in contest.SEEDS[contest.CUT]:
+        assert set(contest.list_pictures(data / "flowers", ("flowers", contest.CUT, seed))) < set(whole)
+
+
+def test_a_row_says_what_each_test_picture_is_and_was_taken_for(contest, data, runs, tmp_path):
+    for entrant in ("headstart", "sklearn"):
+        row = contest.measure(("hymenoptera", contest.CUT, 1), entrant, Path("python"), Path("weights"))
+        assert row["true"] == [0] * 5 + [1] * 3 + [2] * 2
+        assert row["predicted"] == [1] * 10
+        assert (row["n"], row["accuracy"], row["seconds"], row["memory"]) == (10, 0.3, 12.35, 1000)
+        assert [row[key] for key in ("set", "cut", "seed", "entrant")] == ["hymenoptera", contest.CUT, 1, entrant]
+        assert row["plan"] == {"strategy": "probe", "phases": []}
+        assert json.loads(json.dumps(row)) == row
+
+
+def test_headstart_is_given_nothing_and_rivals_their_epochs_and_seed(contest, data, runs):
+    for name in ("hymenoptera", "flowers"):
+        for entrant in ("headstart", "probe-alone", "fastai"):
+            contest.measure((name, contest.CUT, 2), entrant, Path("python"), Path("weights"))
+    assert [command[1:4] for command in runs if "--out" in command] == [["-m", "headstart", "train"]] * 4
+    assert [command[9:] for command in runs if "--out" in command] == [[], ["--strategy", "probe"]] * 2
+    assert [command[-4:] for command in runs if "--out" not in command] == [
+        ["--epochs", "25", "--seed", "2"],
+        ["--epochs", "10", "--seed", "2"],
+    ]
+
+
+def test_a_run_that_has_a_row_is_not_run_again(contest, data, runs, tmp_path):
+    file, cases = tmp_path / "rows.jsonl", [("flowers", contest.CUT, seed) for seed in (0, 1)]
+    contest.hold(cases, ["headstart"], Path("python"), file)
+    assert len(runs) == 2
+    before = file.read_bytes()
+    contest.hold(cases, ["headstart", "sklearn"], Path("python"), file)
+    assert len(runs) == 4
+    assert file.read_bytes().startswith(before)
+    keys = [(row["seed"], row["entrant"]) for row in contest.read_rows(file)]
+    assert keys == [(0, "headstart"), (1, "headstart"), (0, "sklearn"), (1, "sklearn")]
+
+
+@pytest.mark.parametrize("kept", [1, 200, -1])
+def test_a_last_line_that_was_cut_off_is_dropped_and_run_again(contest, data, runs, tmp_path, kept):
+    file, cases = tmp_path / "rows.jsonl", [("flowers", contest.CUT, seed) for seed in (0, 1)]
+    contest.hold(cases, ["headstart"], Path("python"), file)
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(lines[0] + lines[1][:kept])
+    assert [row["seed"] for row in contest.read_rows(file)] == [0]
+    contest.hold(cases, ["headstart"], Path("python"), file)
+    assert len(runs) == 3
+    assert file.read_bytes().splitlines(keepends=True) == lines
+
+
+def test_a_row_that_is_broken_elsewhere_is_not_passed_over(contest, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"set": "flo\n{}\n')
+    with pytest.raises(ValueError):
+        contest.read_rows(tmp_path / "rows.jsonl")
+
+
+def test_a_contest_holds_no_torch_whose_memory_would_count_as_its_runs(contest):
+    words = "import sys, contest; sys.exit(any(name in sys.modules for name in ('torch', 'matplotlib', 'fastai')))"
+    assert subprocess.run((sys.executable, "-c", words), cwd=BENCHMARKS, check=False).returncode == 0
+
+
+def test_every_rival_is_described(contest, rivals):
+    assert list(rivals.DESCRIPTIONS) == list(rivals.ENTRANTS) == list(contest.RIVALS)
+
+
+def test_fastai_has_ten_batches_an_epoch_or_batches_of_eight(rivals):
+    chosen = {count: rivals.choose_batch(count) for count in (20, 150, 160, 245, 400, 639, 640, 3000)}
+    assert chosen == {20: 8, 150: 8, 160: 16, 245: 16, 400: 32, 639: 32, 640: 64, 3000: 64}
+
+
+def test_a_rival_is_given_the_table_and_its_answers_are_written(rivals, monkeypatch, tmp_path):
+    (tmp_path / "table.csv").write_text("image,label,split\nx/1.jpg,bee,train\nx/2.jpg,ant,train\ny/3.jpg,bee,test\n")
+    given = []
+
+    def answer(job):
+        given.append(job)
+        return [0 for _ in job.test], {"epochs": 3}
+
+    monkeypatch.setitem(rivals.ENTRANTS, "sklearn", answer)
+    monkeypatch.setattr(rivals, "PACKAGES", ("numpy",))
+    words = [str(tmp_path / name) for name in ("table.csv", "images", "weights.pth", "out")]
+    monkeypatch.setattr(sys, "argv", ["rivals.py", "sklearn", *words, "--seed", "7"])
+    rivals.main()
+    assert given[0].train == [("x/1.jpg", 1), ("x/2.jpg", 0)]
+    assert (given[0].test, given[0].classes, given[0].seed) == ([("y/3.jpg", 1)], ["ant", "bee"], 7)
+    assert (tmp_path / "out/predictions.csv").read_text().split() == ["source,label", "y/3.jpg,ant"]
+    assert json.loads((tmp_path / "out/plan.json").read_text())["phases"] == [{"epochs": 3}]
+    assert json.loads((tmp_path / "out/environment.json").read_text())["versions"]["numpy"] == np.__version__
+
+
+# What the report says
+
+
+def test_full_sets_have_intervals_paired_differences_times_and_memory(contest, report):
+    rows = [
+        row_of(contest, "scenes", "headstart", first(9, 10), seconds=20),
+        row_of(contest, "scenes", "sklearn", first(6, 10), seconds=30),
+    ]
+    text = report(rows)
+    ours = table_of(text, "Full sets", "scenes, full", "headstart")
+    theirs = table_of(text, "Full sets", "scenes, full", "sklearn")
+    # Wilson's intervals of 9 and 6 in 10, and McNemar's exact test of 3 against 0, as textbooks have them.
+    assert ours[2] == "0.900 [0.596, 0.982]"
+    assert ours[3].startswith("0.900 [")
+    assert ours[4:] == ["-", "20", "1.00", "750"]
+    assert theirs[2] == "0.600 [0.313, 0.832]"
+    assert theirs[4].startswith("+0.300 [")
+    assert theirs[4].endswith(", p = 0.25")
+    assert theirs[5:] == ["30", "1.50", "750"]
+    assert table_of(text, "Full sets", "scenes, full", "fastai")[2:] == ["-"] * 6
+    assert table_of(text, "Full sets", "flowers, full", "headstart")[2:] == ["-"] * 6
+    assert "In no row." in text
+
+
+def test_balanced_accuracy_is_the_mean_of_recalls(contest, report):
+    true = [0] * 8 + [1] * 2
+    rows = [row_of(contest, "chest_xray", "headstart", first(9, 10), true=true)]
+    row = table_of(report(rows), "Full sets", "chest_xray, full", "headstart")
+    assert row[2].startswith("0.900 [")
+    assert row[3].startswith("0.750 [")
+
+
+def test_a_cut_counts_by_the_mean_of_its_seeds_once_all_are_there(contest, report):
+    rows = [
+        row_of(contest, "flowers", entrant, first(count, 20), contest.CUT, seed, seconds=seconds)
+        for entrant, counts in (("headstart", (14, 16, 18)), ("sklearn", (10, 12, 17)))
+        for seed, (count, seconds) in enumerate(zip(counts, (10, 20, 60), strict=True))
+    ]
+    text = report(rows)
+    row = table_of(text, "Ten pictures a class", "flowers, 10 a class", "sklearn")
+    assert row[2].startswith("0.650 [")
+    assert row[4].startswith("+0.150 [")
+    assert "p =" not in row[4]
+    assert row[5:] == ["30", "1.00", "750"]
+    missing = report(rows[:-1])
+    assert table_of(missing, "Ten pictures a class", "flowers, 10 a class", "sklearn")[2:] == ["-"] * 6
+
+
+def test_intervals_of_cuts_count_both_pictures_and_seeds(contest):
+    def width(counts):
+        rows = [row_of(contest, "flowers", "sklearn", first(count, 100), contest.CUT) for count in counts]
+        found, _ = contest.estimate(contest.merge(rows))
+        assert found.low < found.value < found.high
+        return found.high - found.low
+
+    assert width((80, 80, 80)) < width((75, 80, 85)) < width((60, 80, 100))
+
+
+def test_the_summary_ranks_with_shared_places_and_takes_fastais_better_rate(contest, report):
+    counts = {
+        "scenes": {"headstart": 18, "fastai": 10, "fastai-lr-find": 18, "sklearn": 12},
+        "flowers": {"headstart": 19, "fastai": 14, "fastai-lr-find": 8, "sklearn": 16},
+    }
+    seconds = {"headstart": 10, "fastai": 40, "fastai-lr-find": 90, "sklearn": 5}
+    rows = [
+        row_of(contest, name, entrant, first(count, 20), seconds=seconds[entrant])
+        for name, entrants in counts.items()
+        for entrant, count in entrants.items()
+    ]
+    text = report(rows)
+    standings = {
+        name: table_of(text, "What came of it", "full", "2", name)[3:] for name in ("headstart", "fastai", "sklearn")
+    }
+    # Scenes: headstart and fastai (lr_find) share places 1 and 2; flowers: headstart, sklearn, fastai (default rate).
+    assert standings["headstart"] == ["1.25", "0.0750", "1.00"]
+    assert standings["fastai"] == ["2.25", "0.2000", "6.00"]  # the geometric mean of 9 and 4
+    assert standings["sklearn"] == ["2.50", "0.3000", "0.50"]
+    claim = table_of(text, "What came of it", "a mean error at least 10 % below the best rival's")
+    assert claim[1:] == ["0.0750 against 0.2000 (fastai): -62.5%, over 2 sets and cuts", "yes"]
+    assert table_of(text, "What came of it", "the best mean rank")[2] == "yes"
+
+
+def test_of_fastais_two_rates_the_faster_counts_where_both_are_as_accurate(contest):
+    runs = {"fastai": (8, 90), "fastai-lr-find": (8, 40)}
+    entrants = {
+        name: contest.merge([row_of(contest, "scenes", name, first(count, 10), seconds=seconds)])
+        for name, (count, seconds) in runs.items()
+    }
+    rivals = contest.get_rivals(entrants)
+    assert list(rivals) == ["fastai"]
+    assert rivals["fastai"].seconds == 40
+
+
+def test_sets_where_a_rival_has_no_row_yet_do_not_count_in_means(contest):
+    tables = [
+        {name: contest.merge([row_of(contest, "scenes", name, first(count, 10))]) for name, count in counts.items()}
+        for counts in ({"headstart": 9, "sklearn": 8}, {"headstart": 1})
+    ]
+    standings, count = contest.rank(tables)
+    assert count == 1
+    assert standings["headstart"] == pytest.approx((1, 0.1, 1))
+    assert contest.rank([{"sklearn": tables[0]["sklearn"]}]) == ({}, 0)
+
+
+def test_a_claim_that_does_not_hold_is_told_and_losses_are_listed(contest, report):
+    rows = [
+        row_of(contest, "scenes", "headstart", first(60, 100), seconds=20),
+        row_of(contest, "scenes", "tutorial-frozen", first(90, 100), seconds=40),
+        row_of(contest, "scenes", "fastai", first(61, 100), seconds=50),
+        row_of(contest, "scenes", "lp-ft", first(90, 100)),
+        row_of(contest, "flowers", "headstart", first(90, 100), seconds=20),
+        row_of(contest, "flowers", "tutorial-frozen", first(60, 100), seconds=80),
+        row_of(contest, "flowers", "lp-ft", first(91, 100)),
+    ]
+    text = report(rows)
+    found = {line[0]: line[1:] for line in (table_of(text, "What came of it", claim) for claim in claims_of(text))}
+    assert found["the most accurate, or within the noise of it, on every set"] == [
+        "on 1 of 2 sets and cuts; not on scenes, full (tutorial-frozen)",
+        "**no**",
+    ]
+    assert found["`auto` never worse than the best single arm by more than the interval"] == [
+        "on 1 of 2 sets and cuts; not on scenes, full (lp-ft)",
+        "**no**",
+    ]
+    assert found["full sets: at most a third of the fastest deep rival's time"] == [
+        "on 2 full sets at most 0.500 of it: scenes (20 s against 40 s, tutorial-frozen)",
+        "**no**",
+    ]
+    assert found["the best mean rank"][1] == "**no**"
+    beaten = table_of(text, "Where headstart loses", "scenes, full", "tutorial-frozen")
+    assert beaten[4].startswith("-0.300 [")
+    assert beaten[4].endswith("**headstart loses**")
+    assert table_of(text, "Where headstart loses", "scenes, full", "fastai")[4].endswith("within the noise")
+    assert "flowers" not in text.split("## Where headstart loses")[1].split("## Full sets")[0]
+    assert table_of(text, "One arm left out", "scenes", "full")[-2:] == ["lp-ft", "**no**"]
+    assert table_of(text, "One arm left out", "flowers", "full")[-2:] == ["lp-ft", "yes"]
+
+
+def claims_of(text):
+    lines = text.split("| claim | found | holds |\n")[1].split("\n\n")[0].splitlines()[1:]
+    return [line.strip("|").split("|")[0].strip() for line in lines]
+
+
+def test_a_report_of_no_rows_claims_nothing(contest, report):
+    text = report([])
+    assert len(claims_of(text)) == 5
+    assert all(table_of(text, "What came of it", claim)[1:] == ["-", "-"] for claim in claims_of(text))
+    assert table_of(text, "One arm left out", "scenes", "full")[2:] == ["-"] * (len(contest.OURS) + 2)
+
+
+def test_the_plot_names_those_who_ran(contest, tmp_path):
+    rows = [row_of(contest, "scenes", name, first(9, 10)) for name in ("headstart", "sklearn")]
+    contest.write_report(rows, tmp_path / "contest.md")
+    texts = {element.text for element in ElementTree.parse(tmp_path / "contest.svg").iter() if element.text}
+    assert {"headstart", "sklearn", "scenes, full"} <= texts
+    assert "fastai" not in texts
+    assert (tmp_path / "contest.png").stat().st_size > 10_000
