@@ -50,6 +50,13 @@ def test_of_many_pictures_a_part_is_looked_at(shapes, tiny_weights, two, monkeyp
     assert {entry.accuracy.n for entry in headstart.rank(shapes, weights=str(tiny_weights), device="cpu")} == {18}
 
 
+def test_with_little_time_the_first_network_alone_is_measured(shapes, tiny_weights, two, caplog):
+    caplog.set_level("INFO", "headstart")
+    (ranked,) = headstart.rank(shapes, weights=str(tiny_weights), device="cpu", time_budget="0.001s")
+    assert ranked.file == str(tiny_weights)
+    assert "efficientnet_lite0: not measured" in caplog.text
+
+
 def make(name: str, milliseconds: float, p_value: float | None) -> Ranked:
     estimate = Estimate(0.9, 0.8, 0.95, 50)
     behind = None if p_value is None else metrics.Comparison(Estimate(0.1, 0.0, 0.2, 50), p_value)

@@ -46,7 +46,9 @@ def _flags(*names: str) -> type:
 _AllFlags = _flags(*configs.settings())
 _DataFlags = _flags(*configs.settings("data"), "cache")
 _EvaluateFlags = _flags(*configs.settings("data"), "device", "precision", "cache", "resamples")
-_RankFlags = _flags(*configs.settings("data"), "backbone", "weights", "device", "precision", "cache", "seed")
+_RankFlags = _flags(
+    *configs.settings("data"), "backbone", "weights", "device", "precision", "cache", "seed", "time_budget"
+)
 _PredictFlags = _flags("device", "precision")
 Flat = Parameter(name="*")
 

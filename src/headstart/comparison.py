@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from headstart.loading import BATCH_SIZE
 from headstart.metrics import Comparison, Estimate
 from headstart.plan import FitHead
 from headstart.training import Data
+from headstart.verdicts import read_time
 
 log = logging.getLogger(__name__)
 
@@ -47,14 +49,16 @@ def rank(data: Data, *, track: Track = lambda pictures, total: pictures, **setti
     """The networks whose weights are on this machine, the best for some pictures first.
 
     Each is judged by a logistic regression on its final features, cross-validated on the training pictures; those of
-    the report stay closed. Of more than 1,000 pictures a stratified part is looked at.
+    the report stay closed. Of more than 1,000 pictures a stratified part is looked at. With a `time_budget`, small
+    networks come first, and those are left out for which there is no time; the first one is always measured.
 
     Args:
         data: a folder of class folders, an archive, a table, or what `read` gave.
         track: wraps the pictures to show progress; called with them and their number.
         **settings: single settings by name; `weights` adds a network of the user's.
     """
-    config = configs.resolve(None, settings)
+    config, start = configs.resolve(None, settings), time.perf_counter()
+    budget = read_time(config.train.time_budget) or math.inf
     dataset = data if isinstance(data, Dataset) else reading.read(data, config.data)
     survey = views.survey(dataset, config, track)
     audit = quality.inspect(dataset, survey.digests, survey.facts, survey.unreadable)
@@ -64,12 +68,18 @@ def rank(data: Data, *, track: Track = lambda pictures, total: pictures, **setti
         chosen = splits.draw_part(fitted, audit.groups, PICTURES / len(fitted), config.train.seed)
         fitted = tuple(sample for sample, is_chosen in zip(fitted, chosen, strict=True) if is_chosen)
     dataset = dataset.with_samples(fitted)
-    found = []
+    found: list[tuple[Ranked, NDArray[np.bool_]]] = []
+    longest = 0.0
     for located in find_at_hand(config):
+        begun = time.perf_counter()
+        if found and begun - start + longest > budget:
+            log.info("%s: not measured, there is no time left", located.spec.name)
+            continue
         log.info("%s:", located.spec.name)
         ranked, hits = _judge(located, dataset, fitted, audit.groups, config, track)
         own = config.model.weights if str(located.file) == config.model.weights else ""
         found.append((dataclasses.replace(ranked, file=own), hits))
+        longest = max(longest, time.perf_counter() - begun)
     found.sort(key=lambda entry: entry[0].log_loss)
     best = found[0][1]
     return tuple(
@@ -85,9 +95,10 @@ def recommend(ranked: Sequence[Ranked]) -> Ranked:
 
 
 def find_at_hand(config: RunConfig) -> list[Located]:
-    """The networks whose weights are on this machine, and the one of the settings' weights file."""
+    """The network of the settings' weights file, then those whose weights are on this machine, the smallest first."""
     names = [entry.name for entry in backbones.list_models(detailed=0) if entry.here]
     located = [backbones.locate(name, fetch=False) for name in names]
+    located.sort(key=lambda network: network.file.stat().st_size)
     if config.model.weights:
         located.insert(0, backbones.locate(config.model.backbone, config.model.weights))
     return located

@@ -80,8 +80,8 @@ class TrainConfig:
     )
     time_budget: str = _setting(
         "0",
-        "how long strategy auto may take to train the last blocks further too, such as 90s, 5m or 2h; what would take "
-        "longer is not tried (0: nothing is trained)",
+        "time such as 90s, 5m or 2h in which strategy auto may also train the last blocks further, and rank measures "
+        "networks; what would take longer is not tried (0: nothing is trained, and all are ranked)",
     )
     seed: int = _setting(0, "seed of splits, folds and resampling", least=0)
     cache: str = _setting("auto", "folder of cached features, or none (auto: $HEADSTART_CACHE, else the user's cache)")
