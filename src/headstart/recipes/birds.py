@@ -2,6 +2,10 @@
 
 headstart fetch birds
 headstart recipe run birds --data data/birds --out runs/birds
+
+Two cores (AMD EPYC) without a GPU, five minutes with EfficientNet-Lite0 on 640 pictures of ten breeds of dogs in
+nested folders, in place of birds. Seen so, accuracy on 160 pictures: two stages 0.906 [0.851, 0.942], with RandAugment
+and weighted sampling 0.894 [0.836, 0.933]. With ResNet-101 it was run on random weights only: it runs.
 """
 
 from collections.abc import Mapping

@@ -2,6 +2,11 @@
 
 headstart fetch dogs-cats
 headstart recipe run dogs-cats --data data/dogs-cats --out runs/dogs-cats
+
+Two cores (AMD EPYC) without a GPU, eleven minutes with EfficientNet-Lite0 on a cut of 400 pictures, ten of them from
+scratch. Seen so, accuracy on 200 pictures after the tutorial's one epoch: resized 0.750 [0.686, 0.805], squashed 0.730
+[0.665, 0.787], cropped without a resize 0.725 [0.659, 0.782]; the four cases 0.995, 0.985, 0.980 and 0.710 [0.644,
+0.768]. With VGG-16 it was run on random weights only: it runs.
 """
 
 from collections.abc import Mapping

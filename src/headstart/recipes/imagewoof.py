@@ -2,6 +2,10 @@
 
 headstart fetch imagewoof
 headstart recipe run imagewoof --data data/imagewoof --out runs/imagewoof
+
+Two cores (AMD EPYC) without a GPU, four minutes with EfficientNet-Lite0 on a cut of 60 pictures a class. Seen so,
+accuracy on 200 pictures: pretrained 0.840 [0.783, 0.884], its body frozen 0.680 [0.612, 0.741], random weights 0.150
+[0.107, 0.206] in the same time. With ResNet-50 it was run on random weights only: it runs.
 """
 
 from collections.abc import Mapping

@@ -1,6 +1,10 @@
 """Scenes: a head of batch norms and dropout over global pooling, the body at a tenth of its rate, top-1 and top-5.
 
 headstart recipe run scenes --data PICTURES --out runs/scenes
+
+Two cores (AMD EPYC) without a GPU, four minutes with EfficientNet-Lite0 on 750 grey pictures of 15 scenes. Seen so, on
+300 others: the tutorial's 0.760 [0.709, 0.805], top-5 0.990 [0.971, 0.997]; headstart's default 0.927 [0.891, 0.951],
+top-5 0.997 [0.981, 0.999]. With ResNet-50 it was run on random weights only: it runs.
 """
 
 from collections.abc import Mapping
