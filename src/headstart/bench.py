@@ -214,13 +214,17 @@ class Bench:
         return judge
 
     def _judge_kept(self, samples: Sequence[Sample], stored: NDArray[np.float16]) -> Judge:
+        dtype = getattr(torch, self.precision)
+
         def judge(adapted: Adapted, check: Callable[[], None]) -> dict[str, float]:
             parts = []
-            with torch.inference_mode():
+            with torch.inference_mode(), torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
                 for start in range(0, len(stored), KEPT_BATCH):
                     check()
-                    batch = torch.from_numpy(stored[start : start + KEPT_BATCH, 0].astype(np.float32))
-                    parts.append(adapted.backbone(batch.to(self.device)).float().cpu().numpy())
+                    batch = torch.from_numpy(stored[start : start + KEPT_BATCH, 0].astype(np.float32)).to(self.device)
+                    if batch.ndim == 4:
+                        batch = batch.contiguous(memory_format=torch.channels_last)
+                    parts.append(adapted.backbone(batch).float().cpu().numpy())
             return self._score(adapted, np.concatenate(parts), samples)
 
         return judge
