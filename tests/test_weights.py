@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from headstart import weights
 from headstart.errors import WeightsError
@@ -306,3 +307,23 @@ def test_an_answer_that_breaks_off_is_not_kept(tmp_path, monkeypatch):
             server.shutdown()
             thread.join()
     assert not list(tmp_path.glob("net*"))
+
+
+def test_weights_are_put_into_modules_that_ask_for_the_version_of_their_layout():
+    class Versioned(nn.Linear):
+        _version = 3
+
+        def _load_from_state_dict(self, state, prefix, facts, *rest):
+            if facts.get("version") != 3:
+                raise ValueError("version?")
+            super()._load_from_state_dict(state, prefix, facts, *rest)
+
+    module, given = nn.Sequential(Versioned(2, 1)), {"0.weight": torch.ones(1, 2), "0.bias": torch.zeros(1)}
+    with pytest.raises(ValueError, match="version"):
+        module.load_state_dict(given)
+    weights.put(module, given)
+    assert torch.equal(module[0].weight, given["0.weight"])
+    weights.put(module, given, assign=True)
+    assert module[0].weight.data_ptr() == given["0.weight"].data_ptr()
+    with pytest.raises(RuntimeError, match="Missing key"):
+        weights.put(module, {"0.weight": torch.ones(1, 2)})

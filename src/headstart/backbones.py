@@ -332,10 +332,10 @@ def _build(
         why = f"names arguments that {spec.architecture} does not take ({error})"
         raise WeightsError((file or Path(spec.weights)).with_suffix(".json"), why, "Correct it.") from error
     fitted, left_out = _fit_state(network, state, heads, file or Path(spec.weights or spec.name), strict)
-    network.load_state_dict(fitted, assign=True)
+    weights_files.put(network, fitted, assign=True)
     if any(tensor.is_meta for tensor in (*network.parameters(), *network.buffers())):
         network, _ = _construct(spec)  # some buffers are no part of the weights and have to be computed
-        network.load_state_dict(fitted)
+        weights_files.put(network, fitted)
     return network.eval().requires_grad_(False), left_out
 
 

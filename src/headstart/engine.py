@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from headstart import checkpoints, losses, optimisation
+from headstart import weights as weights_files
 from headstart.blocks import Block
 from headstart.checkpoints import Checkpoint
 from headstart.config import EngineConfig
@@ -176,7 +177,7 @@ class Training:
                 yield self._finish_epoch()
                 self._check(save=True)  # after whoever takes the record has written it
             self._heed(alone=False)
-        self.model.load_state_dict(self.best)
+        weights_files.put(self.model, self.best)
         self.model.eval().requires_grad_(False)
 
     # One optimiser step
@@ -413,10 +414,10 @@ class Training:
         if before not in (None, now):
             log.info("going on with %s instead of %s: the last bits of the weights may differ", now, before)
         self.state = _State(**checkpoint.facts["state"])
-        self.model.load_state_dict(_under("model.", checkpoint.tensors))
+        weights_files.put(self.model, _under("model.", checkpoint.tensors))
         self.best = _under("best.", checkpoint.tensors)
         if self.average is not None:
-            self.average.load_state_dict(_under("average.", checkpoint.tensors))
+            weights_files.put(self.average, _under("average.", checkpoint.tensors))
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         values: dict[int, dict[str, Tensor]] = {}
         for name, tensor in _under("optimizer.", checkpoint.tensors).items():

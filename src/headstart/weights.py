@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from headstart.errors import WeightsError
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 log = logging.getLogger(__name__)
 
@@ -128,6 +130,22 @@ def _unwrapped(content: Any, file: Path) -> dict[str, torch.Tensor]:
         if all(key.startswith(prefix) for key in state):
             state = {key[len(prefix) :]: value for key, value in state.items()}
     return state
+
+
+def put(module: nn.Module, state: Mapping[str, torch.Tensor], *, assign: bool = False) -> None:
+    """Put weights into a module, as `load_state_dict` does, and keep what else it knows of itself.
+
+    Some modules, such as torchvision's MNASNet, refuse weights that do not name the version of their layout: it travels
+    beside the tensors, and is lost where they are copied or stored. Here all are of the module's own version.
+
+    Args:
+        module: whose weights they become.
+        state: all its parameters and buffers by name.
+        assign: whether the tensors themselves become the module's, instead of being copied into its own.
+    """
+    versioned = OrderedDict(state)
+    versioned._metadata = module.state_dict()._metadata  # type: ignore[attr-defined]
+    module.load_state_dict(versioned, assign=assign)
 
 
 def rename_lukemelas(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
