@@ -44,7 +44,19 @@ def test_commands_and_flags_that_documents_name_exist(name):
     verbs = {verb for verb in re.findall(r"headstart ([a-z]+)\b", text) if verb not in ("takes", "is")}
     assert verbs <= {command for command in cli.app if not command.startswith("-")}
     flags = {flag.replace("-", "_") for flag in re.findall(r"--([a-z][a-z-]+)", text)}
-    own = {"out", "config", "resume", "data", "json", "top", "format", "lang", "draw", "help"}  # of single commands
+    own = {
+        "out",
+        "config",
+        "resume",
+        "data",
+        "json",
+        "top",
+        "format",
+        "lang",
+        "draw",
+        "help",
+        "dry_run",
+    }  # of single commands
     known = {*config.settings(), *own, "nproc_per_node"}
     assert flags <= known
 
