@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from headstart import backbones, labels, model
+from headstart import backbones, embedders, labels, model
 from headstart.errors import (
     CorruptModel,
     DataError,
@@ -566,3 +566,15 @@ def test_layers_with_settings_of_their_own_come_back_with_them_or_are_refused(cl
     except TypeError:
         return
     assert torch.equal(model.load(file).head(features), head(features))
+
+
+def test_how_many_pictures_there_are_decides_on_the_engine(classifier, files, monkeypatch):
+    asked = []
+
+    def find(spec, load, device, precision, folder, count_missing):
+        asked.append((count_missing("torch"), count_missing("openvino")))
+        return "torch"
+
+    monkeypatch.setattr(embedders, "find_engine", find)
+    assert len(list(classifier.predict(files, **ON))) == len(files)
+    assert asked == [(len(files), len(files))]

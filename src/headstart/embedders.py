@@ -1,16 +1,28 @@
-"""A backbone's fastest form: on which device, in which number format, with which layers folded."""
+"""A backbone's fastest form: on which device, by which engine, in which number format, with which layers folded."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import hashlib
+import json
 import logging
+import math
+import statistics
+import time
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
+from headstart import compiled, features
 from headstart.backbones import Backbone
-from headstart.errors import UsageError
+from headstart.errors import BackboneError, UsageError
+from headstart.files import write_whole
 from headstart.images import Preprocess
-from headstart.loading import BATCH_SIZE
+from headstart.loading import BATCH_SIZE, Compute, count_cpus
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,19 +31,33 @@ if TYPE_CHECKING:
     from torch import nn
 
     from headstart.images import View
+    from headstart.zoo import Spec
 
 log = logging.getLogger(__name__)
+
+Engine = Literal["torch", "openvino"]
+GRAPHS = "compiled"  # the folder of compiled networks in a cache of features
+LEAST_COSINE = {"float32": 0.9999, "bfloat16": 0.99, "float16": 0.99}  # to the plain network's features
+LEAST_GAIN = 1.1  # for less, a second engine is not worth its features of other bits
+# From so many pictures a trial pays: on two cores, EfficientNet-Lite0's took 3 s and saved 1.7 ms of each picture.
+TRIAL_PICTURES = 2000
+START_SECONDS = 0.5  # that importing OpenVINO and reading a graph take
+ROUNDS = 4  # in which engines are timed by turns
 
 
 @dataclass(frozen=True, eq=False)
 class Embedder:
-    """A backbone made ready to run: batch norms folded, channels-last, in the number format the machine is fast in."""
+    """A backbone made ready to run: batch norms folded, channels-last, in the number format the machine is fast in.
+
+    Where there is a `graph`, that is what runs: the same, compiled.
+    """
 
     network: nn.Module
     preprocess: Preprocess
     device: torch.device
     dtype: torch.dtype
     views: tuple[View, ...] = ("plain",)
+    graph: Compute | None = None
 
     def __call__(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Features of pixels of `Preprocess.apply`, (n, size, size, 3); on one core of the calling thread.
@@ -40,26 +66,46 @@ class Embedder:
         """
         import torch
 
+        if self.graph is not None:
+            return self.graph(pixels)
         torch.set_num_threads(1)
         with torch.inference_mode():
-            plain = self.preprocess.normalise(torch.from_numpy(pixels).to(self.device)).to(self.dtype)
-            seen = [plain if view == "plain" else plain.flip(3) for view in self.views]
-            found = torch.cat([self.network(batch).float() for batch in seen], 1)
-            features: NDArray[np.float32] = found.cpu().numpy()
-        return features
+            found: NDArray[np.float32] = self.embed(torch.from_numpy(pixels).to(self.device)).cpu().numpy()
+        return found
+
+    def embed(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The same in PyTorch: float32 features of uint8 pixels, both on the device."""
+        import torch
+
+        plain = self.preprocess.normalise(pixels).to(self.dtype)
+        seen = [plain if view == "plain" else plain.flip(3) for view in self.views]
+        return torch.cat([self.network(batch).float() for batch in seen], 1)
 
 
-def prepare(backbone: Backbone, device: torch.device, precision: str) -> Embedder:
+def prepare(
+    backbone: Backbone, device: torch.device, precision: str, engine: Engine = "torch", folder: Path | None = None
+) -> Embedder:
     """The fastest exact form of a backbone: what rounding of the number format leaves of it, and no more.
 
     Folding and bfloat16 are tried on a random picture; where the features leave the plain network's (cosine under 0.99
     in bfloat16, 0.9999 else), the plain float32 network is used, and that is logged. The trial has the size of the
     batches to come, on one thread as they will be, so that the routines generated for it are theirs.
-    """
-    import copy
 
+    Args:
+        backbone: the network.
+        device: where it runs.
+        precision: `bfloat16` or `float32`.
+        engine: `torch`, or what `find_engine` gave for the same network, device, precision and folder.
+        folder: where `find_engine` keeps graphs.
+
+    Raises:
+        BackboneError: where the engine is OpenVINO and does not do any more what it did when it was timed.
+    """
     import torch
 
+    if engine == "openvino":
+        assert folder is not None  # as `find_engine` had one
+        return _prepare_compiled(backbone, precision, folder)
     dtype = getattr(torch, precision)
     size = backbone.spec.preprocess.size
     example = torch.randn(BATCH_SIZE, 3, size, size, generator=torch.Generator().manual_seed(0))
@@ -79,10 +125,156 @@ def prepare(backbone: Backbone, device: torch.device, precision: str) -> Embedde
             nearness = 0.0
         finally:
             torch.set_num_threads(threads)
-    if not nearness >= (0.9999 if dtype == torch.float32 else 0.99):  # nor a NaN
+    if not nearness >= LEAST_COSINE[precision]:  # nor a NaN
         log.info("%s: %s would change the features (cosine %.4f); float32 is used", backbone.spec.name, dtype, nearness)
         network, dtype = backbone.network.to(device), torch.float32
     return Embedder(network, backbone.spec.preprocess, device, dtype, backbone.spec.views)
+
+
+@dataclass(frozen=True)
+class EngineSeconds:
+    """Seconds that a picture takes with each engine, all cores at work; infinite where an engine cannot be used."""
+
+    torch: float
+    openvino: float
+
+    def find_best(self, by_torch: int, by_openvino: int) -> Engine:
+        """The engine that is done first, with as many pictures as each has before it."""
+        if self.openvino * LEAST_GAIN > self.torch:
+            return "torch"
+        start = START_SECONDS if by_openvino else 0.0  # nothing is imported where all features are there
+        return "openvino" if start + by_openvino * self.openvino < by_torch * self.torch else "torch"
+
+
+def find_engine(
+    spec: Spec,
+    load: Callable[[], Backbone],
+    device: torch.device,
+    precision: str,
+    folder: Path,
+    count_missing: Callable[[Engine], int],
+) -> Engine:
+    """`openvino` where it is installed, gives a network's features and gives them sooner; `torch` else.
+
+    Both are timed once per network and machine; the answer and the graph are kept.
+
+    Args:
+        spec: the network.
+        load: gives it.
+        device: where it will run: OpenVINO only competes on the CPU.
+        precision: `bfloat16` or `float32`.
+        folder: where answers and graphs are kept.
+        count_missing: gives how many pictures' features an engine would have to compute. Where they are few, nothing is
+            converted and timed.
+    """
+    installed = device.type == "cpu" and precision in compiled.HINTS and compiled.find_version()
+    by_torch = count_missing("torch") if installed and spec.digest else 0  # without a digest it is not recognised again
+    if not by_torch:
+        return "torch"
+    file = _place(spec, precision, folder).with_suffix(".json")
+    seconds = _recall(file)
+    if seconds is None:
+        if by_torch < TRIAL_PICTURES:
+            return "torch"
+        seconds = _time_engines(load(), precision, folder)
+        _keep(file, seconds)
+    return seconds.find_best(by_torch, count_missing("openvino"))
+
+
+def _time_engines(backbone: Backbone, precision: str, folder: Path) -> EngineSeconds:
+    import torch
+
+    plain, graph = prepare(backbone, torch.device("cpu"), precision), _compile(backbone, precision, folder)
+    if graph is None:
+        log.info("%s: its features are computed by PyTorch", backbone.spec.name)
+        return EngineSeconds(0.0, math.inf)
+    seconds = EngineSeconds(*time_embedders((plain, graph), _make_noise(backbone)))
+    shown = f"PyTorch {1 / seconds.torch:.0f}, OpenVINO {1 / seconds.openvino:.0f}"
+    log.info("%s: features by PyTorch or OpenVINO timed, pictures a second: %s", backbone.spec.name, shown)
+    return seconds
+
+
+def time_embedders(embedders: tuple[Compute, Compute], pixels: NDArray[np.uint8]) -> tuple[float, float]:
+    """Seconds a picture of each of two, as many threads calling it as there are cores.
+
+    They take turns, so that whatever else the machine does slows all of them.
+    """
+    threads = count_cpus()
+    batches = [pixels] * threads
+    seconds: tuple[list[float], list[float]] = [], []
+    with ThreadPoolExecutor(threads) as executor:
+        for _ in range(1 + ROUNDS):  # the first one generates routines
+            for taken, embedder in zip(seconds, embedders, strict=True):
+                start = time.perf_counter()
+                list(executor.map(embedder, batches))
+                taken.append((time.perf_counter() - start) / (len(batches) * len(pixels)))
+    return statistics.median(seconds[0][1:]), statistics.median(seconds[1][1:])
+
+
+def _prepare_compiled(backbone: Backbone, precision: str, folder: Path) -> Embedder:
+    embedder = _compile(backbone, precision, folder)
+    if embedder is None:
+        file = _place(backbone.spec, precision, folder).with_suffix(".json")
+        why = "does not run in OpenVINO, though it did when it was timed"
+        raise BackboneError(backbone.spec.name, why, f"Delete {file}: PyTorch is used then.")
+    return embedder
+
+
+def _compile(backbone: Backbone, precision: str, folder: Path) -> Embedder | None:
+    """The backbone compiled, or read from disk; None where it cannot be, or leaves the plain network's features."""
+    import torch
+
+    spec = backbone.spec
+    network = copy.deepcopy(backbone.network).cpu().requires_grad_(False)
+    plain = Embedder(network, spec.preprocess, torch.device("cpu"), torch.float32, spec.views)
+    pixels = _make_noise(backbone)
+    file = _place(spec, precision, folder).with_suffix(compiled.SUFFIX)
+    graph = compiled.compile_function(plain.embed, torch.from_numpy(pixels), precision, count_cpus(), file)
+    if graph is None:
+        return None
+    with torch.inference_mode():
+        expected = plain.embed(torch.from_numpy(pixels))
+    nearness = torch.nn.functional.cosine_similarity(torch.from_numpy(graph(pixels)), expected).min().item()
+    if not nearness >= LEAST_COSINE[precision]:
+        log.info("%s: OpenVINO would change the features (cosine %.4f)", spec.name, nearness)
+        return None
+    return dataclasses.replace(plain, dtype=getattr(torch, precision), graph=graph)
+
+
+def _make_noise(backbone: Backbone) -> NDArray[np.uint8]:
+    """A batch of pixels, the same always."""
+    import numpy as np
+
+    size = backbone.spec.preprocess.size
+    return np.random.default_rng(0).integers(0, 256, (BATCH_SIZE, size, size, 3), np.uint8)
+
+
+def _place(spec: Spec, precision: str, folder: Path) -> Path:
+    """Where what belongs to a network, number format and machine is kept; suffixes say what it is."""
+    import torch
+
+    machine = [_find_capabilities(), count_cpus(), torch.__version__, compiled.find_version()]
+    described = json.dumps([features.key_of(spec), precision, *machine], sort_keys=True)
+    return folder / hashlib.sha256(described.encode()).hexdigest()[:32]
+
+
+def _recall(file: Path) -> EngineSeconds | None:
+    """The answer in a file; None where there is none, or it cannot be read."""
+    if not file.exists():
+        return None
+    try:
+        return EngineSeconds(**json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, OSError) as error:
+        log.info("%s cannot be read (%s): the engines are timed again", file, error)
+        return None
+
+
+def _keep(file: Path, seconds: EngineSeconds) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, json.dumps(dataclasses.asdict(seconds)).encode())
+    except OSError as error:
+        log.info("%s cannot be written (%s): the engines will be timed again", file, error.strerror)
 
 
 def fold_batch_norms(network: nn.Module, example: torch.Tensor) -> int:
@@ -183,8 +375,15 @@ def resolve_precision(name: str, device: torch.device) -> str:
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        capabilities = _find_capabilities()
         fast = any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     else:
         fast = False
     return "bfloat16" if fast else "float32"
+
+
+def _find_capabilities() -> dict[str, Any]:
+    """The processor's name and abilities; nothing where torch does not tell yet."""
+    import torch
+
+    return dict(torch.cpu.get_capabilities()) if hasattr(torch.cpu, "get_capabilities") else {}

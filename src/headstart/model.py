@@ -133,10 +133,15 @@ class Classifier:
         given[np.arange(len(given)), probabilities.argmax(1)] = True
         return given
 
-    def embedder(self, device: str = "auto", precision: str = "auto") -> Embedder:
-        """The backbone ready to run on a device."""
+    def embedder(self, device: str = "auto", precision: str = "auto", pictures: int = 0) -> Embedder:
+        """The backbone ready to run on a device; with many pictures to come, compiled where that is faster."""
         where = embedders.resolve_device(device)
-        return embedders.prepare(self.backbone, where, embedders.resolve_precision(precision, where))
+        precision = embedders.resolve_precision(precision, where)
+        folder = configs.cache_folder() / "features" / embedders.GRAPHS
+        engine = embedders.find_engine(
+            self.backbone.spec, lambda: self.backbone, where, precision, folder, lambda _: pictures
+        )
+        return embedders.prepare(self.backbone, where, precision, engine, folder)
 
     def predict(
         self,
@@ -155,7 +160,9 @@ class Classifier:
             track: wraps the pictures to show progress; called with them and their number.
         """
         files = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
-        stream = loading.process(files, Wanted(self.preprocess, self.limits), lambda: self.embedder(device, precision))
+        stream = loading.process(
+            files, Wanted(self.preprocess, self.limits), lambda: self.embedder(device, precision, len(files))
+        )
         return self._predict(files, stream, track)
 
     def _predict(

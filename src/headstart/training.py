@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from headstart import archives, checkpoints, loading, plan, processes, quality, reading, runs, splits, views
+from headstart import archives, checkpoints, compiled, loading, plan, processes, quality, reading, runs, splits, views
 from headstart import config as configs
 from headstart.backbones import Backbone
 from headstart.config import RunConfig
@@ -421,7 +421,11 @@ def _without_duplicates(report: Sequence[Sample], dataset: Dataset, audit: Audit
 def _environment(spec: Spec, view: View, seconds: dict[str, float]) -> dict[str, Any]:
     packages = ("headstart", "torch", "torchvision", "timm", "pillow", "numpy", "safetensors")
     return {
-        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in packages},
+            **({"openvino": compiled.find_version()} if compiled.find_version() else {}),
+        },
         "platform": platform.platform(),
         "processors": loading.count_cpus(),
         "device": view.device,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,28 +58,36 @@ def look(
     Several processes compute a share each; what they put into the cache, all of them then read.
     """
     chosen: dict[str, Any] = {}
+    sources, allowed = dataset.sources, limits or limits_of(config)
 
+    @functools.cache  # its answer hangs on what the cache holds, and must not change on the way
     def find_format() -> str:
-        chosen["device"] = find_device(config, world)
-        chosen["precision"] = embedders.resolve_precision(config.model.precision, chosen["device"])
-        return f"{chosen['precision']}-{chosen['device'].type}"
+        device = chosen["device"] = find_device(config, world)
+        precision = chosen["precision"] = embedders.resolve_precision(config.model.precision, device)
+        forms = {"torch": f"{precision}-{device.type}", "openvino": f"{precision}-openvino"}
+
+        def count_missing(engine: embedders.Engine) -> int:
+            held = features.Store(cache / f"{features.key_of(spec)}-{forms[engine]}").index()
+            return max(0, len(sources) - len(held))  # at least, where others' features are among them
+
+        find = functools.partial(embedders.find_engine, spec, load, device, precision, cache / embedders.GRAPHS)
+        chosen["engine"] = world.tell(find(count_missing) if world.first else "torch")
+        return forms[chosen["engine"]]
 
     def make_embedder() -> loading.Compute:
-        embedder = embedders.prepare(load(), chosen["device"], chosen["precision"])
+        embedder = embedders.prepare(load(), **chosen, folder=cache / embedders.GRAPHS)
         chosen["precision"] = str(embedder.dtype).removeprefix("torch.")  # float32 where the trial failed
         return embedder
 
-    sources, allowed = dataset.sources, limits or limits_of(config)
-
-    def extract(some: Sequence[str], cache: Path, shown: Track) -> tuple[features.Features, Survey]:
+    def extract(some: Sequence[str], shown: Track) -> tuple[features.Features, Survey]:
         paths = [dataset.path(source) for source in some]
         return features.extract(paths, some, spec, find_format, make_embedder, cache, allowed, shown)
 
     with _shared_cache(config, spare_cache, world) as cache:
         if world.size > 1:
-            extract(world.share(sources), cache, track)
+            extract(world.share(sources), track)
             world.wait()
-        extracted, survey = extract(sources, cache, track if world.size == 1 else lambda items, _: items)
+        extracted, survey = extract(sources, track if world.size == 1 else lambda items, _: items)
         world.wait()
     return View(extracted.matrix, survey, extracted.key, str(chosen["device"]), chosen["precision"])
 
