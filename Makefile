@@ -4,8 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TOOLS := $(VENV)/.tools
+CONTEST := .contest
 
-.PHONY: demo test test-slow check format bench clean
+.PHONY: demo test test-slow check format bench contest clean
 
 demo: $(INSTALLED)
 	$(BIN)/headstart demo
@@ -37,6 +38,16 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/start.py
 
+# Rivals and headstart on the same pictures: a night, and it goes on where it was interrupted. Tables in docs/contest.md.
+contest: $(INSTALLED) $(CONTEST)/.installed
+	$(BIN)/python benchmarks/contest.py --rivals $(CONTEST)/bin/python
+
+# The rivals have an environment of their own.
+$(CONTEST)/.installed:
+	$(PYTHON) -m venv $(CONTEST)
+	$(CONTEST)/bin/python -m pip install --quiet fastai timm scikit-learn torch torchvision
+	touch $@
+
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -51,4 +62,4 @@ $(TOOLS): $(INSTALLED)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(CONTEST) build dist .mypy_cache .ruff_cache .pytest_cache
