@@ -130,8 +130,8 @@ def test_a_run_that_was_interrupted_goes_on_by_the_pace_it_had(many, tiny_weight
     assert [phase.phase for phase in run.plan.phases] == [phase.phase for phase in planned.phases]
 
 
-@pytest.mark.parametrize("more", [{"time_budget": "0"}, {"time_budget": "1s"}])
-def test_without_time_nothing_is_trained_further(many, tiny_weights, tmp_path, doubtful, more):
+@pytest.mark.parametrize("more", [{"time_budget": "0"}, {"time_budget": "1s"}, {"heads": "knn"}])
+def test_without_time_or_weights_nothing_is_trained_further(many, tiny_weights, tmp_path, doubtful, more):
     run = headstart.train(many, tmp_path / "run", **options(tiny_weights, **more))
     assert run is not None and not run.plan.trains and run.plan.strategy == "probe"
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import headstart
-from headstart import augmentation, backbones, prefix
+from headstart import augmentation, backbones, engine, history, prefix
 from headstart.blocks import find_blocks
 from headstart.errors import TrainingError, UsageError
 from headstart.images import Preprocess
@@ -214,3 +214,41 @@ def test_another_number_of_views_shows_other_pictures(shapes, tiny_weights, tmp_
 def test_views_are_kept_beside_frozen_blocks_only(shapes, tiny_weights, tmp_path, wrong):
     with pytest.raises(UsageError, match="cached_views"):
         headstart.train(shapes, tmp_path / "run", **options(tiny_weights, **wrong))
+
+
+def test_training_on_kept_activations_uses_all_cores(shapes, tiny_weights, tmp_path, monkeypatch):
+    before, seen = torch.get_num_threads(), []
+    step = engine.Training.take_step
+
+    def watch(self, *given):
+        seen.append(torch.get_num_threads())
+        return step(self, *given)
+
+    monkeypatch.setattr(engine.Training, "take_step", watch)
+    torch.set_num_threads(2)
+    try:
+        headstart.train(shapes, tmp_path / "run", **options(tiny_weights, epochs=1))
+    finally:
+        torch.set_num_threads(before)
+    assert set(seen) == {2}
+
+
+def test_a_run_that_had_no_room_for_activations_goes_on_without_them(shapes, tiny_weights, tmp_path, monkeypatch):
+    add = history.History.add
+
+    def stop(self, record):
+        add(self, record)
+        if getattr(record, "epoch", 0) == 2 and hasattr(record, "select"):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(history.History, "add", stop)
+        with pytest.raises(KeyboardInterrupt):
+            headstart.train(shapes, tmp_path / "run", **options(tiny_weights, disk_mebibytes=0))
+    room = prefix.keep
+    monkeypatch.setattr(prefix, "keep", lambda *given: room(*given[:-1], 2**30))  # by now there is
+    assert headstart.train(shapes, tmp_path / "run", **options(tiny_weights, disk_mebibytes=0)) is not None
+    monkeypatch.setattr(prefix, "keep", room)
+    headstart.train(shapes, tmp_path / "other", **options(tiny_weights, disk_mebibytes=0))
+    one, other = (headstart.load(tmp_path / name).backbone.state_dict() for name in ("run", "other"))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())

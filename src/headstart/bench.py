@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from headstart import (
     augmentation,
+    checkpoints,
     embedders,
     evaluation,
     heads,
@@ -146,8 +147,10 @@ class Bench:
         The short model's modules are the whole one's: what it learns, the whole one knows.
         """
         settings, spec = phase.settings, self.backbone.spec
-        parts = self.cut(phase, adapted) if folder is not None else None
-        if parts is None or folder is None:
+        if folder is None or _was_whole(folder, number, adapted):
+            return None
+        parts = self.cut(phase, adapted)
+        if parts is None:
             return None
         bare = dataclasses.replace(spec, taps=(), views=("plain",))
         embedder = embedders.prepare(Backbone.of(bare, parts.prefix), self.device, self.precision)
@@ -237,6 +240,15 @@ class Bench:
         with torch.inference_mode():
             logits = adapted.head(torch.from_numpy(matrix).to(self.device)).float().cpu().numpy()
         return evaluation.score(logits, samples, self.dataset.classes, self.dataset.task)
+
+
+def _was_whole(folder: Path, number: int, adapted: Adapted) -> bool:
+    """Whether a phase was interrupted while its first blocks ran each time: it goes on like that."""
+    checkpoint = checkpoints.read(folder)
+    if checkpoint is None or checkpoint.facts["phase"] != number:
+        return False
+    names = {name.removeprefix("model.") for name in checkpoint.tensors if name.startswith("model.")}
+    return names == set(adapted.state_dict())
 
 
 def embed(

@@ -68,9 +68,13 @@ class Embedder:
 
         if self.graph is not None:
             return self.graph(pixels)
+        threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        with torch.inference_mode():
-            found: NDArray[np.float32] = self.embed(torch.from_numpy(pixels).to(self.device)).cpu().numpy()
+        try:
+            with torch.inference_mode():
+                found: NDArray[np.float32] = self.embed(torch.from_numpy(pixels).to(self.device)).cpu().numpy()
+        finally:
+            torch.set_num_threads(threads)  # the thread that calls may train next, on all cores
         return found
 
     def embed(self, pixels: torch.Tensor) -> torch.Tensor:

@@ -342,7 +342,8 @@ def _plan_tuning(
     assert isinstance(head, FitHead)
     left = math.inf if timing.seconds_left is None else timing.seconds_left
     outlook = Outlook(s.pictures - s.select, s.select, timing.step_seconds, left)
-    epochs, why = weigh_tuning(evidence, outlook)
+    linear = tuple(kind for kind in head.heads if kind != "knn")
+    epochs, why = weigh_tuning(evidence, outlook) if linear else (0, "not trained further: kNN has no weights")
     reasons.append(why)
     if not epochs:
         return phases
@@ -354,7 +355,6 @@ def _plan_tuning(
     views: tuple[tuple[View, ...], ...] = (("plain",),)
     if engine.symmetry != "none":
         views += (("plain", "mirror"),)
-    linear = tuple(kind for kind in head.heads if kind != "knn")  # it has no weights to go on from
     return [dataclasses.replace(head, heads=linear), train, Choose(SHARES, views)]
 
 
