@@ -156,3 +156,16 @@ def test_no_epoch_is_begun_that_would_take_longer_than_there_is_time(
     headstart.train(many, tmp_path / "run", **options(tiny_weights))
     rows = [json.loads(line) for line in (tmp_path / "run/history.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows if "step" not in row] == [0, 1]
+
+
+def test_what_is_held_against_the_fitted_head_was_trained_also_where_no_epoch_was_better(
+    many, tiny_weights, tmp_path, monkeypatch, doubtful
+):
+    take(monkeypatch, 1.0)
+    monkeypatch.setattr("headstart.plan.TUNED_RATE", 1.0)  # it only gets worse
+    headstart.train(many, tmp_path / "run", **options(tiny_weights))
+    rows = [json.loads(line) for line in (tmp_path / "run/history.jsonl").read_text().splitlines()]
+    start, *others = [row for row in rows if "step" not in row]
+    assert not start["best"] and others[0]["best"]
+    kept = min(others, key=lambda row: row["select"]["log_loss"])
+    assert kept["select"]["log_loss"] > start["select"]["log_loss"]

@@ -130,6 +130,7 @@ class Bench:
             folder=folder,
             world=self.world,
             seconds=phase.seconds,
+            keeps_start=phase.keeps_start,
         )
 
     def cut(self, phase: Train, adapted: Adapted) -> prefix.Cut | None:

@@ -111,6 +111,7 @@ class Training:
         folder: where checkpoints are kept; None: nowhere.
         world: this process among others.
         seconds: that epochs may take together: none is begun that would take longer; None: as they will.
+        keeps_start: whether the start is kept where no epoch is better than it.
 
     Where the folder holds a checkpoint of this phase, the phase is where it was then.
     """
@@ -129,12 +130,14 @@ class Training:
         folder: Path | None = None,
         world: World = World(),
         seconds: float | None = None,
+        keeps_start: bool = True,
     ) -> None:
         if layout.channels_last:
             model.to(memory_format=torch.channels_last)
         self.model, self.settings, self.layout = model, settings, layout
         self.material, self.validate = material, validate
-        self.seed, self.phase, self.folder, self.world, self.seconds = seed, phase, folder, world, seconds
+        self.seed, self.phase, self.folder, self.world = seed, phase, folder, world
+        self.seconds, self.keeps_start = seconds, keeps_start
         self.device, self.dtype = next(model.parameters()).device, getattr(torch, layout.precision)
         self.parts = optimisation.divide(model, blocks, settings)
         groups = optimisation.group_parameters(model, self.parts, settings)
@@ -348,7 +351,7 @@ class Training:
         if not math.isfinite(figures["log_loss"]):
             raise self._diverged(figures["log_loss"], f"epoch {state.epoch + 1}, on select")
         value = figures[self.settings.best_by]
-        best = is_better(self.settings.best_by, value, state.best)
+        best = is_better(self.settings.best_by, value, state.best) and (self.keeps_start or state.epoch >= 0)
         if best:
             state.best, state.best_epoch, self.best = value, state.epoch + 1, _copy(judged.state_dict())
         loss, hits, pictures = state.totals

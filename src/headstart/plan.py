@@ -92,6 +92,9 @@ class Train:
     start: Literal["pretrained", "random"] = "pretrained"
     on: Literal["pictures", "features"] = "pictures"  # features: those of the cache, for a head alone
     seconds: float | None = None  # that epochs may take together: none is begun that would take longer
+    keeps_start: bool = (
+        True  # where no epoch is better; else the best epoch is kept, to be held against the start later
+    )
     phase: Literal["train"] = "train"
 
 
@@ -351,7 +354,7 @@ def _plan_tuning(
     engine = dataclasses.replace(
         config.engine, epochs=epochs, learning_rate=TUNED_RATE, freeze=every[0], cached_views=TUNED_VIEWS
     )
-    train = Train(settle(s, "lp-ft", engine), timing.layout, seconds=timing.seconds_left)
+    train = Train(settle(s, "lp-ft", engine), timing.layout, seconds=timing.seconds_left, keeps_start=False)
     views: tuple[tuple[View, ...], ...] = (("plain",),)
     if engine.symmetry != "none":
         views += (("plain", "mirror"),)
