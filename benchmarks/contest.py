@@ -91,8 +91,7 @@ def main() -> None:
     known = (*OURS, *RIVALS)
     parser.add_argument("--sets", nargs="+", default=SETS, choices=SETS)
     parser.add_argument("--entrants", nargs="+", default=known, choices=known, metavar="NAME", help=", ".join(known))
-    default = ROOT / ".contest/bin/python"
-    parser.add_argument("--rivals", type=Path, default=default, help="the Python of the rivals' environment")
+    parser.add_argument("--rivals", type=Path, default=ROOT / ".contest/bin/python", help="the rivals' Python")
     parser.add_argument("--rows", type=Path, default=ROOT / "benchmarks/contest.jsonl", help="file of the runs")
     parser.add_argument("--report", action="store_true", help="run nothing, only write docs/contest.md from the rows")
     given = parser.parse_args()
@@ -430,14 +429,8 @@ def show_arms(results: Results) -> list[str]:
         verdict = ("**no**" if is_behind(ours, arms[best]) else "yes") if ours and arms else "-"
         gains = [show_difference(ours, entrants.get(name)) for name in variants]
         rows.append((*place, f"{ours.accuracy:.3f}" if ours else "-", *gains, best, verdict))
-    header = (
-        "set",
-        "cut",
-        OURSELVES,
-        *(f"{OURSELVES} - {name}" for name in variants),
-        "best single arm",
-        "`auto` not worse",
-    )
+    differences = [f"{OURSELVES} - {name}" for name in variants]
+    header = ("set", "cut", OURSELVES, *differences, "best single arm", "`auto` not worse")
     return tabulate(header, rows)
 
 

@@ -210,9 +210,9 @@ def test_every_rival_is_described(contest, rivals):
     assert list(rivals.DESCRIPTIONS) == list(rivals.ENTRANTS) == list(contest.RIVALS)
 
 
-def test_fastai_has_ten_batches_an_epoch_or_batches_of_eight(rivals):
-    chosen = {count: rivals.choose_batch(count) for count in (20, 150, 160, 245, 400, 639, 640, 3000)}
-    assert chosen == {20: 8, 150: 8, 160: 16, 245: 16, 400: 32, 639: 32, 640: 64, 3000: 64}
+def test_fastai_has_three_whole_batches_an_epoch_or_batches_of_four(rivals):
+    chosen = {count: rivals.choose_batch(count) for count in (5, 20, 24, 50, 100, 191, 192, 245, 3000)}
+    assert chosen == {5: 4, 20: 4, 24: 8, 50: 16, 100: 32, 191: 32, 192: 64, 245: 64, 3000: 64}
 
 
 def test_a_rival_is_given_the_table_and_its_answers_are_written(rivals, monkeypatch, tmp_path):
