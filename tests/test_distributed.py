@@ -53,6 +53,7 @@ def rows_of(folder):
             ("--strategy", "lp-ft", "--freeze", "blocks.2", "--ema", "0.8", "--learning-rate", "1e-7"),
             marks=pytest.mark.slow,
         ),
+        pytest.param(("--strategy", "finetune", "--taps", "blocks.1"), marks=pytest.mark.slow),
         pytest.param(("--strategy", "two-stage", "--unfreeze-epochs", "1", "--freeze", "all"), marks=pytest.mark.slow),
     ],
 )

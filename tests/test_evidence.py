@@ -137,11 +137,21 @@ def test_the_cheaper_variant_is_taken_where_the_other_is_hardly_better(losses, c
 
 
 @pytest.mark.parametrize(
-    ("accuracy", "symmetry", "tried"),
-    [(0.9, "mirror", True), (0.9, "any", True), (0.9, "none", False), (0.995, "mirror", False)],
+    ("accuracy", "symmetry", "common", "tried"),
+    [
+        (0.9, "mirror", 0.5, True),
+        (0.9, "any", 0.5, True),
+        (0.9, "none", 0.5, False),
+        (0.995, "mirror", 0.5, False),
+        (0.985, "mirror", 0.1, False),
+        (0.985, "mirror", 0.5, True),
+        (0.995, "mirror", 0.99, True),
+    ],
 )
-def test_mirror_images_are_tried_where_they_mean_the_same_and_there_is_something_to_gain(accuracy, symmetry, tried):
-    assert verdicts.is_mirror_worth_trying(variant(ALL, 0.2, accuracy), symmetry) is tried
+def test_mirror_images_are_tried_where_they_mean_the_same_and_there_is_something_to_gain(
+    accuracy, symmetry, common, tried
+):
+    assert verdicts.is_mirror_worth_trying(variant(ALL, 0.2, accuracy), symmetry, common) is tried
 
 
 @pytest.mark.parametrize(
@@ -206,7 +216,7 @@ def test_a_head_on_any_depths_and_views_predicts_as_it_was_fitted(
 
 
 def look_at(monkeypatch, mirror_images: bool) -> None:
-    monkeypatch.setattr(evidence, "is_mirror_worth_trying", lambda best, symmetry: True)
+    monkeypatch.setattr(evidence, "is_mirror_worth_trying", lambda *_: True)
     for module in (evidence, plan):
         monkeypatch.setattr(module, "is_mirror_worth", lambda pair: mirror_images)
 

@@ -656,36 +656,40 @@ def test_weights_are_told_apart_by_their_digest(bench):
 # Layouts, heads
 
 
-def test_a_phase_on_features_needs_no_measurement(bench, own_cache):
+def test_a_phase_on_features_needs_no_measurement(bench, own_cache, tmp_path):
     plan = make_plan(Train(decide(), Layout("bfloat16"), on="features"))
-    assert fitting.measure_pace(bench, plan, RunConfig()).layout == PLAIN
+    assert fitting.measure_pace(bench, plan, RunConfig(), tmp_path).layout == PLAIN
     assert not own_cache.exists()
 
 
 @pytest.mark.parametrize("cache, kept", [("auto", 1), ("none", 0)])
-def test_the_layout_is_measured_and_kept_unless_nothing_is_to_be(bench, own_cache, cache, kept):
+def test_the_layout_is_measured_and_kept_unless_nothing_is_to_be(bench, own_cache, tmp_path, cache, kept):
     plan = make_plan(Train(decide(batch_size=2), PLAIN))
-    pace = fitting.measure_pace(bench, plan, RunConfig(train=TrainConfig(cache=cache)))
+    pace = fitting.measure_pace(bench, plan, RunConfig(train=TrainConfig(cache=cache)), tmp_path)
     assert pace.layout in (PLAIN, Layout("float32"), Layout("bfloat16")) and 0 < pace.seconds < 10
     assert len(list(own_cache.rglob("layout-*.json"))) == kept
 
 
-def test_of_several_processes_only_the_first_measures(make_bench, own_cache):
+def test_of_several_processes_only_the_first_measures(make_bench, own_cache, tmp_path):
     plan = make_plan(Train(decide(), Layout("float16")))
-    assert fitting.measure_pace(make_bench(world=World(1, 2)), plan, RunConfig()).seconds == 0.0
+    assert fitting.measure_pace(make_bench(world=World(1, 2)), plan, RunConfig(), tmp_path).seconds == 0.0
     assert not own_cache.exists()
 
 
-def test_where_activations_are_kept_a_step_is_timed_without_the_blocks_that_gave_them(bench, own_cache, monkeypatch):
+@pytest.mark.parametrize(("views", "room", "kept"), [(2, 100, True), (0, 100, False), (2, 0, False)])
+def test_a_step_is_timed_without_the_frozen_blocks_where_their_activations_will_be_kept(
+    bench, own_cache, tmp_path, monkeypatch, views, room, kept
+):
     seen = []
     monkeypatch.setattr(fitting.trials, "find_pace", lambda *given: seen.append(given) or fitting.Pace(PLAIN, 0.1))
-    fitting.measure_pace(bench, make_plan(Train(decide(batch_size=2, freeze="2", cached_views=2), PLAIN)), RunConfig())
-    fitting.measure_pace(bench, make_plan(Train(decide(batch_size=2, freeze="2"), PLAIN)), RunConfig())
-    (short, blocks, settings, *_, activations), (_, every, _, *_, none) = seen
-    assert len(every) == len(blocks) + 2 and settings.freeze == "" and none is None
-    with torch.no_grad():
-        given = torch.from_numpy(activations[None].astype(np.float32))
-        assert short.backbone(given).shape[1] == bench.dim
+    settings = decide(batch_size=2, freeze="2", cached_views=views, disk_mebibytes=room)
+    fitting.measure_pace(bench, make_plan(Train(settings, PLAIN)), RunConfig(), tmp_path)
+    ((model, blocks, timed, *_, name, _, activations),) = seen
+    assert len(blocks) == len(bench.blocks) - 2 * kept and timed.freeze == ("" if kept else "2")
+    assert (" after " in name) == kept == (activations is not None)
+    if kept:
+        with torch.no_grad():
+            assert model.backbone(torch.from_numpy(activations[None].astype(np.float32))).shape[1] == bench.dim
 
 
 def test_a_head_is_fitted_on_all_pictures_and_chosen_by_those_that_can_be_held_out(bench):

@@ -111,10 +111,13 @@ SEARCHES = ("engine.Training.take_step", "len(given) > 3")  # a step of the rang
 WRITES = "runs.RunFolder.write_text"
 
 # settings; the function, the condition and the call at which the process is killed
+KEEPING = "--strategy lp-ft --taps blocks.1,blocks.2,final --freeze blocks.1 --cached-views 2"
 PLACES = {
     "after the head was fitted": (f"--strategy lp-ft {QUICK}", ("fitting.train_phases", "True"), 1),
     "before the first measurement of lp-ft": (f"--strategy lp-ft {QUICK}", ("loading.Album.embed", "True"), 1),
     "after the start of lp-ft was measured": (f"--strategy lp-ft {QUICK}", ("checkpoints.write", "True"), 1),
+    "between the activations that are kept": (f"{KEEPING} {QUICK}", ("prefix.keep", "True"), 2),
+    "within training on kept activations": (f"{KEEPING} {QUICK}", ("checkpoints.write", "True"), 4),
     "between the stages": (f"--strategy two-stage {QUICK}", ("engine.Training.run", "True"), 2),
     "at the last checkpoint of the first stage": (
         f"--strategy two-stage {QUICK}",

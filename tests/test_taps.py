@@ -315,3 +315,15 @@ def test_an_unknown_tap_is_refused_before_any_picture_is_opened(shapes, tiny_wei
     with pytest.raises(UsageError, match=r"taps: .* is no block of the network"):
         headstart.train(shapes, tmp_path / "run", weights=str(tiny_weights), taps=taps)
     assert not (tmp_path / "run" / "config.toml").exists()
+
+
+def test_what_comes_after_the_deepest_tap_is_no_block_of_the_features(shapes, tiny_weights, tmp_path):
+    settings = {"weights": str(tiny_weights), "precision": "float32", "device": "cpu", "epochs": 1}
+    headstart.train(shapes, tmp_path / "run", strategy="finetune", taps="blocks.1", **settings)
+    before = backbones.load(backbones.locate("auto", str(tiny_weights))).state_dict()
+    after = headstart.load(tmp_path / "run").backbone.state_dict()
+    changed = {name.rpartition(".")[0] for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert any(name.startswith("blocks.1") for name in changed)
+    assert not any(name.startswith(("blocks.2", "blocks.3", "conv_head")) for name in changed)
+    with pytest.raises(UsageError, match=r"freeze: 'blocks\.2' is no block"):
+        headstart.train(shapes, tmp_path / "no", strategy="finetune", taps="blocks.1", freeze="blocks.2", **settings)

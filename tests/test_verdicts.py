@@ -67,7 +67,17 @@ def test_before_steps_are_timed_all_epochs_are_thought_possible():
         (DEEP, Outlook(100, LEAST_SELECT - 1, 0.02, 600.0), 0, "29 pictures to choose by are fewer than 30"),
         (DEEP, Outlook(100, LEAST_SELECT, 0.02, 600.0), TUNED_EPOCHS, "6 epochs"),
         (Evidence((variant((FINAL,)),), None, None), AMPLE, 0, "no blocks"),
-        (Evidence((variant(accuracy=0.99), variant((FINAL,), 0.4)), None, None), AMPLE, 0, "right on 99.0%"),
+        (Evidence((variant(accuracy=0.98), variant((FINAL,), 0.4)), None, None), AMPLE, 0, "right on 98.0%"),
+        (Evidence((variant(accuracy=0.98), variant((FINAL,), 0.4)), None, None, 0.5), AMPLE, 6, "6 epochs"),
+        (Evidence((variant(accuracy=0.99), variant((FINAL,), 0.4)), None, None, 0.5), AMPLE, 0, "right on 99.0%"),
+        # Where 99 of 100 are of one class, 99 % say nothing.
+        (Evidence((variant(accuracy=0.99), variant((FINAL,), 0.4)), None, None, 0.99), AMPLE, 6, "6 epochs"),
+        (
+            Evidence((variant(("x",), 0.2), variant(), variant((FINAL,), 0.4)), None, None),
+            AMPLE,
+            0,
+            "those of x, up to",
+        ),
     ],
 )
 def test_whether_training_further_may_pay_is_decided_from_figures_and_said(evidence, outlook, epochs, words):

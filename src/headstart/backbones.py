@@ -281,13 +281,13 @@ def _list_one(name: str, folder: Path, detailed: bool) -> Listed:
 
 
 def _tap(network: nn.Module, spec: Spec) -> nn.Module:
-    if not spec.taps:
-        return network
-    from headstart.taps import Tapped
+    from headstart.taps import Tapped, untap
 
+    if not spec.taps:
+        return untap(network)
     if isinstance(network, Tapped) and network.taps == spec.taps:
         return network
-    return Tapped(network, spec.taps, spec.preprocess.size).eval().requires_grad_(False)
+    return Tapped(untap(network), spec.taps, spec.preprocess.size).eval().requires_grad_(False)
 
 
 def _construct(spec: Spec, initialise: bool = False) -> tuple[nn.Module, tuple[str, ...]]:

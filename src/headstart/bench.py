@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from headstart import (
     augmentation,
-    checkpoints,
     embedders,
     evaluation,
     heads,
@@ -98,8 +97,17 @@ class Bench:
                 )
         return Adapted(body, last).to(self.device)
 
-    def start(self, phase: Train, number: int, adapted: Adapted, folder: Path | None) -> Training:
+    def start(
+        self, phase: Train, number: int, adapted: Adapted, folder: Path | None, resumed: bool = False
+    ) -> Training:
         """A phase, ready to run.
+
+        Args:
+            phase: the phase.
+            number: its number in the plan.
+            adapted: what is trained.
+            folder: of the run; None: for a trial.
+            resumed: whether it goes on from a checkpoint, and where no activations were kept, goes on without.
 
         Raises:
             UsageError: where its settings do not fit the network or the task.
@@ -111,7 +119,7 @@ class Bench:
             material, validate = self._features(samples), self._judge_features(select)
         else:
             material, validate = self.show_pictures(samples, phase), self._judge_pictures(select)
-            short = self._shorten(phase, number, adapted, folder)
+            short = self._shorten(phase, number, adapted, folder, resumed)
             if short is not None:
                 adapted, stored, judged = short
                 material = dataclasses.replace(material, show=prefix.show_kept(stored), normalise=Tensor.float)
@@ -140,15 +148,21 @@ class Bench:
             return None
         return prefix.cut(adapted.backbone, self.blocks, frozen, self.backbone.spec.preprocess.size)
 
+    def can_keep(self, phase: Train, activations: NDArray[np.float16], folder: Path) -> bool:
+        """Whether there is room for what a phase keeps of all pictures, where one's activations are these."""
+        settings = phase.settings
+        shape = (len(self.dataset.of_role("fit")), settings.cached_views, *activations.shape)
+        return prefix.has_room(folder, prefix.count_bytes(shape), settings.disk_mebibytes * 2**20)
+
     def _shorten(
-        self, phase: Train, number: int, adapted: Adapted, folder: Path | None
+        self, phase: Train, number: int, adapted: Adapted, folder: Path | None, resumed: bool
     ) -> tuple[Adapted, NDArray[np.float16], NDArray[np.float16]] | None:
         """(the model without its frozen prefix, what that gives for `fit` and `select`); None where it is to run.
 
         The short model's modules are the whole one's: what it learns, the whole one knows.
         """
         settings, spec = phase.settings, self.backbone.spec
-        if folder is None or _was_whole(folder, number, adapted):
+        if folder is None or (resumed and not _place(folder, number, "fit").exists()):
             return None
         parts = self.cut(phase, adapted)
         if parts is None:
@@ -160,7 +174,7 @@ class Bench:
         stored = []
         roles: dict[Role, tuple[int, Augmentation]] = {"fit": (settings.cached_views, varied), "select": (1, plain)}
         for role, (views, variation) in roles.items():
-            file, album = folder / f"activations-{number}-{role}.npy", self.album(self.dataset.of_role(role))
+            file, album = _place(folder, number, role), self.album(self.dataset.of_role(role))
             limit, kept = settings.disk_mebibytes * 2**20, None
             if self.world.first:
                 kept = prefix.keep(file, album, variation, embedder, self.seed, views, limit)
@@ -243,13 +257,9 @@ class Bench:
         return evaluation.score(logits, samples, self.dataset.classes, self.dataset.task)
 
 
-def _was_whole(folder: Path, number: int, adapted: Adapted) -> bool:
-    """Whether a phase was interrupted while its first blocks ran each time: it goes on like that."""
-    checkpoint = checkpoints.read(folder)
-    if checkpoint is None or checkpoint.facts["phase"] != number:
-        return False
-    names = {name.removeprefix("model.") for name in checkpoint.tensors if name.startswith("model.")}
-    return names == set(adapted.state_dict())
+def _place(folder: Path, number: int, role: Role) -> Path:
+    """The file with the activations of a phase."""
+    return folder / f"activations-{number}-{role}.npy"
 
 
 def embed(

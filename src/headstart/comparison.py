@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -69,17 +70,17 @@ def rank(data: Data, *, track: Track = lambda pictures, total: pictures, **setti
         fitted = tuple(sample for sample, is_chosen in zip(fitted, chosen, strict=True) if is_chosen)
     dataset = dataset.with_samples(fitted)
     found: list[tuple[Ranked, NDArray[np.bool_]]] = []
-    longest = 0.0
+    pace = 0.0  # seconds a byte of weights, which grow with the work that they do
     for located in find_at_hand(config):
-        begun = time.perf_counter()
-        if found and begun - start + longest > budget:
+        begun, size = time.perf_counter(), located.file.stat().st_size
+        if found and begun - start + pace * size > budget:
             log.info("%s: not measured, there is no time left", located.spec.name)
             continue
         log.info("%s:", located.spec.name)
         ranked, hits = _judge(located, dataset, fitted, audit.groups, config, track)
-        own = config.model.weights if str(located.file) == config.model.weights else ""
+        own = config.model.weights if located.file == Path(config.model.weights) else ""
         found.append((dataclasses.replace(ranked, file=own), hits))
-        longest = max(longest, time.perf_counter() - begun)
+        pace = max(pace, (time.perf_counter() - begun) / size)
     found.sort(key=lambda entry: entry[0].log_loss)
     best = found[0][1]
     return tuple(

@@ -24,9 +24,10 @@ else:
 T = TypeVar("T")
 
 
-def _setting(default: T, help: str, **limits: float) -> T:
-    """A dataclass field with its help text and, for numbers, the limits `least` and `most`."""
-    result: T = field(default=default, metadata={"help": help, **limits})
+def _setting(default: T, help: str, *, counts: bool = False, **limits: float) -> T:
+    """A dataclass field with its help text and, for numbers, the limits `least` and `most`; `counts`: a text that may be
+    a whole number."""
+    result: T = field(default=default, metadata={"help": help, "counts": counts, **limits})
     return result
 
 
@@ -82,6 +83,7 @@ class TrainConfig:
         "0",
         "time such as 90s, 5m or 2h in which strategy auto may also train the last blocks further, and rank measures "
         "networks; what would take longer is not tried (0: nothing is trained, and all are ranked)",
+        counts=True,
     )
     seed: int = _setting(0, "seed of splits, folds and resampling", least=0)
     cache: str = _setting("auto", "folder of cached features, or none (auto: $HEADSTART_CACHE, else the user's cache)")
@@ -153,7 +155,9 @@ class EngineConfig:
     )
     hidden: int = _setting(512, "width of a head's hidden layer", least=1, most=65_536)
     dropout: float = _setting(0.5, "dropout of heads with a hidden layer", least=0.0, most=0.95)
-    freeze: str = _setting("", "blocks that stay as they are: a number of first ones, up to the named one, or all")
+    freeze: str = _setting(
+        "", "blocks that stay as they are: a number of first ones, up to the named one, or all", counts=True
+    )
     cached_views: int = _setting(
         0,
         "views of each picture whose activations, at the end of the frozen blocks, are kept on disk (0: none, and "
@@ -206,6 +210,7 @@ class Setting:
     help: str
     least: float
     most: float
+    counts: bool
 
     def check(self, value: object) -> tuple[Any, str]:
         """(the value in its own type, what is wrong with it or "")."""
@@ -214,7 +219,7 @@ class Setting:
             return value, "" if value in choices else f"must be one of {', '.join(choices)}, not {value!r}"
         if self.type is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
-        if self.type is str and isinstance(value, Path):
+        if self.type is str and (isinstance(value, Path) or (self.counts and type(value) is int)):
             value = str(value)
         if type(value) is not self.type:
             return value, f"must be {_TYPE_NAMES[self.type]}, not {value!r}"
@@ -241,9 +246,16 @@ def settings(*sections: str) -> dict[str, Setting]:
         section_type = type(getattr(RunConfig(), section.name))
         hints = typing.get_type_hints(section_type)
         for entry in dataclasses.fields(section_type):
-            limits = entry.metadata.get("least", float("-inf")), entry.metadata.get("most", float("inf"))
+            facts = entry.metadata
             found[entry.name] = Setting(
-                section.name, entry.name, hints[entry.name], entry.default, entry.metadata["help"], *limits
+                section.name,
+                entry.name,
+                hints[entry.name],
+                entry.default,
+                facts["help"],
+                facts.get("least", float("-inf")),
+                facts.get("most", float("inf")),
+                facts["counts"],
             )
     return found
 

@@ -1,6 +1,6 @@
 """What features say before anything is trained: which depth and views tell the classes apart, what more would bring.
 
-Everything here is measured by cross-validation on the `fit` pictures: neither `select` nor `report` is looked at.
+Everything here is measured by cross-validation on the pictures that heads are fitted on; `report` is not looked at.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import dataclasses
 import json
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,9 +125,11 @@ def gather(
         return np.stack((plain(samples), mirror(samples)), 1)
 
     matrix = plain(table.samples)
-    pair = weigh_mirror(table, matrix, mirror, chosen.taps) if is_mirror_worth_trying(chosen, symmetry) else None
+    common = table.common()
+    worth = is_mirror_worth_trying(chosen, symmetry, common)
+    pair = weigh_mirror(table, matrix, mirror, chosen.taps) if worth else None
     views: tuple[ViewName, ...] = ("plain", "mirror") if pair is not None and is_mirror_worth(pair) else ("plain",)
-    found = Evidence(variants, pair, draw_curve(table, matrix, chosen))
+    found = Evidence(variants, pair, draw_curve(table, matrix, chosen), common)
     taps = () if chosen.taps == (FINAL,) else chosen.taps
     sight = dataclasses.replace(spec, taps=taps, views=views)
     return Sight(sight, found, plain if len(views) == 1 else both)
@@ -164,6 +167,18 @@ class Table:
             hits = head.logits.argmax(1) == targets.argmax(1)
         return hits
 
+    def describe(self, head: FittedHead, taps: Sequence[str], views: Sequence[ViewName]) -> Variant:
+        """A fitted head as its answers out of fold show it."""
+        right = metrics.wilson(int(self.are_right(head).sum()), len(head.rows))
+        loss, shown = head.candidates[0].log_loss, (right.value, right.low, right.high)
+        return Variant(tuple(taps), tuple(views), head.kind, loss, *shown, len(self.samples))
+
+    def common(self) -> float:
+        """The accuracy of always saying the most frequent class; 0 with several labels a picture."""
+        if self.dataset.task == "multi":
+            return 0.0
+        return max(Counter(sample.labels for sample in self.samples).values()) / len(self.samples)
+
     def part(self, share: float) -> tuple[Table, NDArray[np.int64]]:
         """(a stratified share of the samples, their places)."""
         if share >= 1:
@@ -186,7 +201,7 @@ def weigh_depths(table: Table, matrix: NDArray[np.float32], depths: Depths) -> t
     found = []
     for taps in (*((tap,) for tap in depths.taps), depths.taps):
         head = some.fit(matrix[places][:, depths.columns(taps)], KIND)
-        found.append(_describe(head, taps, ("plain",), len(some.samples)))
+        found.append(some.describe(head, taps, ("plain",)))
     return tuple(sorted(found, key=lambda variant: variant.log_loss))
 
 
@@ -203,15 +218,9 @@ def weigh_mirror(table: Table, plain: NDArray[np.float32], look: Look, taps: Seq
     alone = some.fit(plain[places], KIND)
     both = some.fit(np.stack((plain[places], look(some.samples)), 1), KIND)
     return (
-        _describe(alone, taps, ("plain",), len(places)),
-        _describe(both, taps, ("plain", "mirror"), len(places)),
+        some.describe(alone, taps, ("plain",)),
+        some.describe(both, taps, ("plain", "mirror")),
     )
-
-
-def _describe(head: FittedHead, taps: Sequence[str], views: Sequence[ViewName], pictures: int) -> Variant:
-    best = head.candidates[0]
-    right = metrics.wilson(round(best.accuracy * len(head.rows)), len(head.rows))
-    return Variant(tuple(taps), tuple(views), best.kind, best.log_loss, right.value, right.low, right.high, pictures)
 
 
 def draw_curve(table: Table, matrix: NDArray[np.float32], whole: Variant) -> Curve | None:

@@ -176,19 +176,28 @@ def check_settings(bench: Bench, chosen: Plan) -> None:
                 break
 
 
-def measure_pace(bench: Bench, chosen: Plan, config: RunConfig) -> Pace:
-    """The layout in which the plan's last training phase is fastest on this machine; the first process measures."""
+def measure_pace(bench: Bench, chosen: Plan, config: RunConfig, folder: Path) -> Pace:
+    """The layout in which the plan's last training phase is fastest on this machine; the first process measures.
+
+    Args:
+        bench: what phases work on.
+        chosen: the plan.
+        config: the settings.
+        folder: of the run, on whose disk activations would be kept.
+    """
     phase = [phase for phase in chosen.phases if isinstance(phase, Train)][-1]
     if phase.on == "features" or not bench.world.first:  # the others are told
         return Pace(UNMEASURED, 0.0)
     spec, adapted, blocks, settings = bench.backbone.spec, bench.begin(phase, None), bench.blocks, phase.settings
-    parts, activations = bench.cut(phase, adapted), None
+    name, parts, activations = f"{spec.library}/{spec.architecture}", bench.cut(phase, adapted), None
     if parts is not None:
         example = torch.zeros(1, 3, spec.preprocess.size, spec.preprocess.size, device=bench.device)
-        activations = parts.prefix(example)[0].cpu().numpy().astype(np.float16)
-        adapted = Adapted(parts.suffix, adapted.head)
-        blocks = blocks[count_frozen(blocks, settings.freeze) :]
-        settings = dataclasses.replace(settings, freeze="")
+        given = parts.prefix(example)[0].cpu().numpy().astype(np.float16)
+        if bench.can_keep(phase, given, folder):
+            frozen, activations = count_frozen(blocks, settings.freeze), given
+            name += f" after {blocks[frozen - 1].name}"
+            adapted, blocks = Adapted(parts.suffix, adapted.head), blocks[frozen:]
+            settings = dataclasses.replace(settings, freeze="")
     chosen_cache = config.train.cache
     cache = configs.cache_folder() if chosen_cache == "auto" else Path(chosen_cache)
     return trials.find_pace(
@@ -198,7 +207,7 @@ def measure_pace(bench: Bench, chosen: Plan, config: RunConfig) -> Pace:
         spec.preprocess,
         bench.dataset.task,
         config.model.precision,
-        f"{spec.library}/{spec.architecture}",
+        f"{name} {' '.join(spec.taps)}".strip(),
         None if chosen_cache == "none" else cache / "layouts",
         activations,
     )
@@ -245,7 +254,7 @@ def train_phases(folder: RunFolder, chosen: Plan, bench: Bench, head: FittedHead
                 chosen = _find_rate(folder, bench, chosen, number, adapted)
                 phase = chosen.phases[number]
                 assert isinstance(phase, Train)
-            training = bench.start(phase, number, adapted, folder.path)
+            training = bench.start(phase, number, adapted, folder.path, resumed=done[0] == number)
             if folder.writes and phase.on == "pictures" and not (folder.path / BATCH).exists():
                 draw_batch(bench, phase, folder.path / BATCH)
             log.info("training %s of %s parameters", *map("{:,}".format, (training.trainable, count_all(adapted))))

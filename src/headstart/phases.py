@@ -1,4 +1,4 @@
-"""A plan carried out: a head fitted, weights trained, and the two held against each other on pictures new to both.
+"""A plan carried out: a head fitted, weights trained, and the two held against each other on pictures kept for that.
 
 Between the fitted head and what training made of it lie all models whose weights are some way from the one's to the
 other's; they often are better than both (WiSE-FT, Wortsman et al., 2022).
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from headstart import evaluation, fitting, metrics
 from headstart.backbones import Backbone
@@ -45,24 +46,28 @@ def carry_out(
     first, dataset = chosen.phases[0], bench.dataset
     fit, both = dataset.of_role("fit"), dataset.of_role("fit", "select")
 
-    def fit_head(samples: Sequence[Sample]) -> FittedHead | None:
-        if not isinstance(first, FitHead):
-            return None
-        return fitting.fit_heads(bench.rows(samples), samples, dataset, groups, first, bench.seed)
+    def fit_head(samples: Sequence[Sample], phase: FitHead) -> FittedHead:
+        return fitting.fit_heads(bench.rows(samples), samples, dataset, groups, phase, bench.seed)
 
-    head = fit_head(fit if chosen.trains else both)
-    if head is not None and not chosen.trains:
+    if not isinstance(first, FitHead):
+        trained = fitting.train_phases(folder, chosen, bench, None, track)
+        return fitting.finish(bench, trained.adapted, trained.describe(bench, None)), trained.plan
+    head = start = fit_head(fit if chosen.trains else both, first)
+    if not chosen.trains:
         return fitting.settle_head(bench, head, both), chosen
-    trained = fitting.train_phases(folder, chosen, bench, head, track)
-    if head is None or not chosen.chooses:
+    if head.kind == "knn":  # has no weights to go on from
+        start = fit_head(fit, dataclasses.replace(first, heads=tuple(kind for kind in first.heads if kind != "knn")))
+    trained = fitting.train_phases(folder, chosen, bench, start, track)
+    if not chosen.chooses:
         return fitting.finish(bench, trained.adapted, trained.describe(bench, head)), trained.plan
-    arm, model, ended = decide(bench, trained, head)
+    arm, model, ended = decide(bench, trained, head, start, groups)
     folder.write_json("plan.json", ended.to_json())
     if arm.share:
-        return fitting.finish(bench, model, trained.describe(bench, head), arm.views), ended
-    refitted = fit_head(both)
-    assert refitted is not None  # as the first was
-    return fitting.settle_head(bench, refitted, both), ended
+        return fitting.finish(bench, model, trained.describe(bench, start), arm.views), ended
+    return fitting.settle_head(bench, fit_head(both, first), both), ended
+
+
+ERRORS, WORTH = 2.0, 0.01  # standard errors, and share of the log-loss, that a dearer arm must gain
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,36 +97,37 @@ def interpolate(start: Adapted, end: Adapted, share: float) -> Adapted:
         end: one of the same architecture.
         share: of the way; 1 is the end.
     """
-    between = copy.deepcopy(end)
+    between, first, last = copy.deepcopy(end), start.state_dict(), end.state_dict()
     with torch.no_grad():
-        for (name, tensor), first in zip(between.state_dict().items(), start.state_dict().values(), strict=True):
-            if first.shape != tensor.shape:
-                raise ValueError(f"{name} has shape {tuple(first.shape)} here and {tuple(tensor.shape)} there")
+        for name, tensor in between.state_dict().items():
+            if first[name].shape != tensor.shape:
+                raise ValueError(f"{name} has shape {tuple(first[name].shape)} here and {tuple(tensor.shape)} there")
             if tensor.is_floating_point() and share != 1.0:
-                tensor.copy_(torch.lerp(first.to(tensor), tensor, share))
+                tensor.copy_(torch.lerp(first[name].to(tensor), last[name], share))
     return between
 
 
-def weigh(bench: Bench, start: Adapted, trained: Adapted, phase: Choose) -> tuple[Arm, ...]:
+def weigh(bench: Bench, head: FittedHead, start: Adapted, trained: Adapted, phase: Choose) -> tuple[Arm, ...]:
     """The fitted head and all that it is held against, on the select pictures.
 
     Args:
         bench: what phases work on.
-        start: the fitted head on the backbone, as training began.
-        trained: what training made of it.
+        head: the fitted head.
+        start: what training began from: this head, or another where it has no weights.
+        trained: what training made of that.
         phase: what is held against it.
     """
     samples = bench.dataset.of_role("select")
-    rows = bench.rows(samples)
-    arms = [_measure(bench, start, rows.reshape(len(rows), -1), samples, 0.0, bench.backbone.spec.views)]
+    rows, plain = bench.rows(samples), bench.backbone.spec
+    arms = [_measure(bench, head.module, rows.reshape(len(rows), -1), samples, 0.0, plain.views)]
     every = max(phase.views, key=len)
     for share in phase.shares:
         model = interpolate(start, trained, share)
-        seen = Backbone.of(bench.backbone.spec.adapted(views=every), model.backbone)
+        seen = Backbone.of(plain.adapted(views=every), model.backbone)
         matrix = embed(seen, bench.album(samples), bench.device, bench.precision, bench.world)
-        width = matrix.shape[1] // len(every)
+        width, last = matrix.shape[1] // len(every), copy.deepcopy(model.head).cpu()
         arms += [
-            _measure(bench, model, matrix[:, : width * len(views)], samples, share, views)
+            _measure(bench, last, matrix[:, : width * len(views)], samples, share, views)
             for views in phase.views  # each is the first of all of them
         ]
     return tuple(arms)
@@ -129,47 +135,75 @@ def weigh(bench: Bench, start: Adapted, trained: Adapted, phase: Choose) -> tupl
 
 def _measure(
     bench: Bench,
-    model: Adapted,
+    head: nn.Module,
     matrix: NDArray[np.float32],
     samples: Sequence[Sample],
     share: float,
     views: tuple[View, ...],
 ) -> Arm:
-    logits = answer(copy.deepcopy(model.head).cpu(), matrix, len(views))
+    logits = answer(head, matrix, len(views))
     targets, multi = evaluation.encode(samples, bench.dataset.classes), bench.dataset.task == "multi"
     found = targets if multi else targets.argmax(1)
     temperature, _ = metrics.find_temperature(logits, found, multi)
     return Arm(share, views, metrics.losses_of(logits / temperature, found, multi))
 
 
-def choose(arms: Sequence[Arm]) -> tuple[Arm, str]:
-    """(the arm to take, why): the first, which is the cheapest, unless another's log-loss is surely lower.
+def choose(arms: Sequence[Arm], groups: Sequence[str]) -> tuple[Arm, str]:
+    """(the arm to take, why): the first, unless another's log-loss is surely lower, and worth it.
 
-    Surely: by more than the standard error of the mean difference, picture by picture.
+    Arms with as many views are equally dear, and the best of them stands for them; the dearer has to be surely better
+    than what was held until then. Surely: by more than `ERRORS` standard errors of the mean difference over groups,
+    and by more than a share of `WORTH` of the loss.
+
+    Args:
+        arms: the cheapest first.
+        groups: of each picture; what is alike counts once.
     """
-    first, best = arms[0], min(arms, key=lambda arm: float(arm.losses.mean()))
-    if best is first:
-        return first, f"{first} on {len(first.losses)} select pictures, and no higher than all others: taken"
-    gains = first.losses - best.losses
-    error = float(gains.std(ddof=1)) / math.sqrt(len(gains))
-    found = f"{best} on {len(gains)} select pictures; {first}; lower by {gains.mean():.3f}, standard error {error:.3f}"
-    return (best, f"{found}: taken") if gains.mean() > error else (first, f"{found}: too little, the cheaper is taken")
+    held, lines = arms[0], []
+    for count in sorted({len(arm.views) for arm in arms[1:]}):
+        dearer = [arm for arm in arms[1:] if len(arm.views) == count]
+        best = min(dearer, key=lambda arm: float(arm.losses.mean()))
+        gain, error = _gain(held.losses - best.losses, groups)
+        sure = gain > max(ERRORS * error, WORTH * float(held.losses.mean()))
+        verdict = "surely lower" if sure else "not surely lower"
+        lines.append(f"{best} against {held}: lower by {gain:.3f}, standard error {error:.3f}: {verdict}")
+        held = best if sure else held
+    return held, "; ".join((*lines, f"{str(held).partition(':')[0]} is taken, by {len(groups)} select pictures"))
 
 
-def decide(bench: Bench, trained: Trained, head: FittedHead) -> tuple[Arm, Adapted, Plan]:
-    """(the arm to take, its model, the plan with the reasons).
+def _gain(gains: NDArray[np.float64], groups: Sequence[str]) -> tuple[float, float]:
+    """(the mean gain, its standard error, where pictures of a group stand for one another)."""
+    _, numbers = np.unique(np.array(groups, object).astype(str), return_inverse=True)
+    sums, mean = np.bincount(numbers, gains - gains.mean()), float(gains.mean())
+    count = len(sums)
+    error = math.sqrt(float((sums**2).sum()) * count / max(1, count - 1)) / len(gains) if count > 1 else math.inf
+    return mean, error
+
+
+def decide(
+    bench: Bench, trained: Trained, head: FittedHead, start: FittedHead, groups: Mapping[str, str]
+) -> tuple[Arm, Adapted, Plan]:
+    """(the arm to take, its model, the plan with the reasons); the first process decides for all.
 
     Args:
         bench: what phases work on.
-        trained: what training made of the fitted head.
+        trained: what training made of a fitted head.
         head: the fitted head.
+        start: the one that training began from.
+        groups: source -> group, of what must stay together.
     """
     *_, phase, last = trained.plan.phases
     assert isinstance(phase, Train) and isinstance(last, Choose)
-    start = bench.begin(phase, head)
-    arms = weigh(bench, start, trained.adapted, last)
-    arm, why = choose(arms)
-    reasons = (*trained.plan.reasons, *(str(other) for other in arms if other is not arm), why)
+    begun = bench.begin(phase, start)
+    arms = weigh(bench, head, begun, trained.adapted, last)
+    sources = [sample.source for sample in bench.dataset.of_role("select")]
+    taken, why = choose(arms, [groups.get(source, source) for source in sources])
+    (number,) = bench.world.tell([arms.index(taken)])
+    arm = arms[number]
+    reasons = [*trained.plan.reasons, *map(str, arms)]
+    epochs = trained.facts[-1]["epochs"]
+    if epochs < phase.settings.epochs:
+        reasons.append(f"stopped after {epochs} of {phase.settings.epochs} epochs: another would have taken too long")
     strategy: Strategy = "lp-ft" if arm.share else "probe"
-    ended = dataclasses.replace(trained.plan, strategy=strategy, reasons=reasons)
-    return arm, interpolate(start, trained.adapted, arm.share), ended
+    ended = dataclasses.replace(trained.plan, strategy=strategy, reasons=(*reasons, why))
+    return arm, interpolate(begun, trained.adapted, arm.share), ended

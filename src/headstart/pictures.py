@@ -476,12 +476,12 @@ def _find_fonts(figure: Figure, file: str | os.PathLike[str]) -> tuple[list[str]
     return families, missing
 
 
-def has_fonts(text: str) -> bool:
-    """Whether installed fonts can draw a text in PNGs; where they cannot, what to install is logged."""
+def find_lacking(text: str) -> set[str]:
+    """The characters of a text that no installed font has, for PNGs; what to install for them is logged."""
     _, missing = _choose_fonts(set(text))
     if missing:
         _warn("PNGs", missing, "left out")
-    return not missing
+    return missing
 
 
 def _warn(where: str, missing: set[str], outcome: str) -> None:

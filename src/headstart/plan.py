@@ -62,7 +62,7 @@ class Situation:
 
     task: Task
     classes: int
-    pictures: int  # that are trained on
+    pictures: int  # that heads are fitted on, or weights trained; under `auto` with those of `select`
     select: int  # of the role `select`
     smallest_class: int
     folds: int  # that the smallest class and the groups allow
@@ -169,12 +169,9 @@ def decide(situation: Situation, config: RunConfig) -> Plan:
     Raises:
         UsageError: where settings contradict each other.
     """
-    s, reasons = situation, []
+    s, auto = situation, config.train.strategy == "auto"
+    reasons: list[str] = []
     strategy: Strategy = "probe" if config.train.strategy == "auto" else config.train.strategy
-    if config.train.strategy == "auto":
-        reasons.append("strategy auto: probe, which trains no weight of the network")
-    else:
-        reasons.append(f"strategy {strategy}: as set")
     _check(s, strategy, config)
     phases: list[Phase] = []
     if strategy == "lp-ft" or not trains(config):
@@ -183,11 +180,15 @@ def decide(situation: Situation, config: RunConfig) -> Plan:
         phases += _plan_training(s, strategy, config.engine, reasons)
     elif s.evidence is not None:
         phases = _plan_tuning(s, s.evidence, config, phases, reasons)
-    if s.select and not trains(config) and not any(isinstance(phase, Train) for phase in phases):
+    trained = any(isinstance(phase, Train) for phase in phases)
+    if s.select and not trained:
         reasons.append(f"nothing is left to choose on the {s.select} select pictures: heads are fitted on them too")
+    found = "probe, which trains no weight of the network" if not trained else "probe, and lp-ft held against it"
+    reasons.insert(0, f"strategy auto: {found}" if auto else f"strategy {strategy}: as set")
     why = "the fastest format that this processor computes in" if config.model.precision == "auto" else "as set"
     reasons.append(f"{s.precision} on {s.device}: {why}")
-    return Plan(strategy, s.device, s.precision, tuple(phases), tuple(reasons), s.timing)
+    timing = s.timing if trained or (s.timing is not None and s.timing.seconds_left is not None) else None
+    return Plan(strategy, s.device, s.precision, tuple(phases), tuple(reasons), timing)
 
 
 def _check(situation: Situation, strategy: Strategy, config: RunConfig) -> None:
@@ -204,7 +205,7 @@ def _check(situation: Situation, strategy: Strategy, config: RunConfig) -> None:
         why = f"lp-ft fits a linear head first, and --head is {engine.head}"
         raise UsageError("strategy", why, "Give --strategy two-stage, which trains any head first.")
     if strategy == "probe":
-        _check_probe(engine, gathers_evidence(config))
+        _check_probe(config)
     if strategy == "scratch" and engine.freeze:
         raise UsageError("freeze", "freezes random weights", "Leave it out, or give another --strategy.")
     if trains(config):
@@ -245,24 +246,30 @@ def _check_company(strategy: Strategy, engine: EngineConfig) -> None:
         raise UsageError("find_lr", why, "Leave one of them out; rates of 0, which freeze, may stay.")
 
 
-# What `auto` heeds of the engine's settings: the others it decides itself.
-_OF_AUTO = ("symmetry", "checkpoint_minutes", "memory_mebibytes", "disk_mebibytes", "tensorboard")
-
-
-def _check_probe(engine: EngineConfig, auto: bool) -> None:
+def _check_probe(config: RunConfig) -> None:
     """Nothing that is set goes unheeded: a fitted head has no use for the engine's settings, a trained one for some."""
-    default, known = EngineConfig(), _OF_AUTO if auto else ()
-    changed = [
-        f.name
-        for f in dataclasses.fields(engine)
-        if f.name not in known and getattr(engine, f.name) != getattr(default, f.name)
-    ]
+    engine, default = config.engine, EngineConfig()
+    changed = [f.name for f in dataclasses.fields(engine) if getattr(engine, f.name) != getattr(default, f.name)]
+    if gathers_evidence(config):
+        changed = [name for name in changed if name != "symmetry"]
+        if read_time(config.train.time_budget):
+            _check_tuning(engine, changed)
+            return
     of_pictures = ("augment", "symmetry", "mixup", "cutmix", "freeze", "rates", "unfreeze_epochs", "batch_norm")
     of_stages = ("head_epochs", "head_rate", "layer_decay")
     idle = changed if engine.head == "linear" else [name for name in changed if name in of_pictures + of_stages]
     if idle and not (idle == ["augment"] and engine.augment == "none"):
         why = "has no effect with strategy probe, which leaves the network as it is"
         raise UsageError(", ".join(idle), why, "Give --strategy finetune, lp-ft, two-stage or scratch.")
+
+
+def _check_tuning(engine: EngineConfig, changed: list[str]) -> None:
+    """The last blocks are trained as the settings say, on kept activations."""
+    _check_company("lp-ft", engine)
+    for name in ("unfreeze_epochs", "mixup", "cutmix", "find_lr"):
+        if name in changed:
+            why = "does not go with --time-budget, under which activations of frozen blocks are kept"
+            raise UsageError(name, why, "Leave one of them out, or give --strategy lp-ft.")
 
 
 def _plan_head(s: Situation, config: RunConfig, linear: bool, reasons: list[str]) -> FitHead:
@@ -345,20 +352,27 @@ def _plan_tuning(
     assert isinstance(head, FitHead)
     left = math.inf if timing.seconds_left is None else timing.seconds_left
     outlook = Outlook(s.pictures - s.select, s.select, timing.step_seconds, left)
-    linear = tuple(kind for kind in head.heads if kind != "knn")
-    epochs, why = weigh_tuning(evidence, outlook) if linear else (0, "not trained further: kNN has no weights")
+    epochs, why = weigh_tuning(evidence, outlook)
+    if head.heads == ("knn",):
+        epochs, why = 0, "not trained further: kNN has no weights"
     reasons.append(why)
     if not epochs:
         return phases
+    engine = config.engine
     every = max((variant.taps for variant in evidence.variants), key=len)
     engine = dataclasses.replace(
-        config.engine, epochs=epochs, learning_rate=TUNED_RATE, freeze=every[0], cached_views=TUNED_VIEWS
+        engine,
+        epochs=min(epochs, engine.epochs or epochs),
+        learning_rate=engine.learning_rate or TUNED_RATE,
+        freeze=engine.freeze or every[0],
+        cached_views=engine.cached_views or TUNED_VIEWS,
     )
-    train = Train(settle(s, "lp-ft", engine), timing.layout, seconds=timing.seconds_left, keeps_start=False)
+    settings = settle(dataclasses.replace(s, pictures=outlook.pictures), "lp-ft", engine)
+    seconds = None if timing.seconds_left is None else max(0.0, timing.seconds_left - outlook.take(0))
     views: tuple[tuple[View, ...], ...] = (("plain",),)
     if engine.symmetry != "none":
         views += (("plain", "mirror"),)
-    return [dataclasses.replace(head, heads=linear), train, Choose(SHARES, views)]
+    return [head, Train(settings, timing.layout, seconds=seconds, keeps_start=False), Choose(SHARES, views)]
 
 
 def settle(s: Situation, strategy: Strategy, engine: EngineConfig) -> EngineConfig:

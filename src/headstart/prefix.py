@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -158,8 +159,8 @@ def keep(
         return known
     first = compute(album.vary(Draw(0), augmentation, seed, 0)[None])[0]
     shape = (len(album), views, *first.shape)
-    needed = 2 * int(np.prod(shape))
-    if needed > min(limit_bytes, shutil.disk_usage(file.parent).free // 2) or not np.abs(first).max() < LARGEST:
+    needed = count_bytes(shape)
+    if not has_room(file.parent, needed, limit_bytes) or not np.abs(first).max() < LARGEST:
         log.info("activations of %.0f MB are not kept: the first blocks run each time", needed / 1e6)
         return None
     partial = file.with_name(f".{file.name}.partial")
@@ -175,6 +176,16 @@ def keep(
         why = f"cannot be written ({error.strerror}): {needed / 1e6:.0f} MB are needed"
         raise TrainingError(file, why, "Free some space, or leave --cached-views out.") from error
     return np.load(file, mmap_mode="r")  # type: ignore[no-any-return]
+
+
+def count_bytes(shape: tuple[int, ...]) -> int:
+    """What activations take on disk."""
+    return np.dtype(np.float16).itemsize * math.prod(shape)
+
+
+def has_room(folder: Path, needed: int, limit_bytes: int) -> bool:
+    """Whether so many bytes are within the limit and leave half of what is free on the disk."""
+    return needed <= min(limit_bytes, shutil.disk_usage(folder).free // 2)
 
 
 def _compute_all(album: Album, augmentation: Augmentation, compute: Compute, seed: int, views: int) -> Any:

@@ -77,10 +77,15 @@ def find_depths(network: nn.Module, size: int) -> tuple[tuple[str, ...], tuple[i
 
 
 def see_blocks(network: nn.Module, size: int) -> tuple[Block, ...]:
-    """The blocks of a network, with taps or without; see `find_blocks`."""
+    """The blocks that a network's features come from, with taps or without; see `find_blocks`.
+
+    What comes after the deepest tap has no part in the features, and nothing to learn.
+    """
     if not isinstance(network, Tapped):
         return find_blocks(network, size)
     found = find_blocks(network.inner, size)
+    if FINAL not in network.taps:
+        found = found[: 1 + max(place for place, block in enumerate(found) if block.name in network.taps)]
     return tuple(
         Block(block.name, tuple(f"inner.{name}".removesuffix(".") for name in block.modules), "inner.")
         for block in found

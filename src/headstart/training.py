@@ -30,7 +30,7 @@ from headstart.data import Dataset, Sample, count_classes
 from headstart.errors import ConfigError, DataError, RunError
 from headstart.features import Survey, Track
 from headstart.networks import Network, find_network
-from headstart.plan import FitHead, Plan, Situation, Timing
+from headstart.plan import UNMEASURED, FitHead, Plan, Situation, Timing
 from headstart.processes import World
 from headstart.quality import Audit
 from headstart.runs import RunFolder
@@ -313,8 +313,8 @@ def _deal(given: Dataset, survey: Survey, config: RunConfig) -> tuple[Audit, Dat
     if plan.may_train(config):
         whole = dataset
         dataset = splits.assign_select(dataset, audit.groups, config.train.select_share, config.train.seed)
-        if not plan.trains(config) and len(dataset.of_role("select")) < LEAST_SELECT:
-            dataset = whole  # nothing will be chosen on so few
+        if not plan.trains(config) and not _can_choose(whole, dataset, audit, config):
+            dataset = whole  # heads are fitted on all
         elif not dataset.of_role("select"):
             why = "has too few pictures to keep any to choose by"
             raise DataError(given.root, why, "Add pictures, or give --strategy probe.")
@@ -331,6 +331,15 @@ def _deal(given: Dataset, survey: Survey, config: RunConfig) -> tuple[Audit, Dat
             given.root, f"has too few {what} to keep any for the report", f"Give a class two {what} or more."
         )
     return audit, dataset
+
+
+def _can_choose(whole: Dataset, parted: Dataset, audit: Audit, config: RunConfig) -> bool:
+    """Whether pictures that are kept to choose by are enough, and leave enough of each class to cross-validate on."""
+    folds = [
+        splits.count_folds(samples, audit.groups, config.train.folds)
+        for samples in (whole.of_role("fit", "select"), parted.of_role("fit"))
+    ]
+    return len(parted.of_role("select")) >= LEAST_SELECT and folds[0] == folds[1]
 
 
 def _weigh(
@@ -392,18 +401,19 @@ def _decide(
     folder: RunFolder, bench: Bench, audit: Audit, config: RunConfig, view: View, sight: Sight, clock: _Clock
 ) -> Plan:
     """The plan, written; an interrupted run's timing is kept, as another one would end with other bits."""
-    situation = dataclasses.replace(_situate(bench.dataset, audit, config, view), evidence=sight.evidence)
+    before = (folder.read_json("plan.json") or {}).get("timing")
+    known = bench.world.tell(before or dataclasses.asdict(Timing(UNMEASURED, 0.0, clock.left())))
+    situation = _situate(bench.dataset, audit, config, view)
+    situation = dataclasses.replace(situation, evidence=sight.evidence, timing=Timing.from_json(known))
     chosen = plan.decide(situation, config)
     if chosen.trains:
         from headstart import fitting
 
         fitting.check_settings(bench, chosen)
-        before = (folder.read_json("plan.json") or {}).get("timing")
-        pace = None if before else fitting.measure_pace(bench, chosen, config)
-        timing = before if pace is None else dataclasses.asdict(Timing(pace.layout, pace.seconds, clock.left()))
-        chosen = plan.decide(
-            dataclasses.replace(situation, timing=Timing.from_json(bench.world.tell(timing or {}))), config
-        )
+        if not known["step_seconds"]:
+            pace = fitting.measure_pace(bench, chosen, config, folder.path)
+            found = bench.world.tell(dataclasses.asdict(Timing(pace.layout, pace.seconds, clock.left())))
+            chosen = plan.decide(dataclasses.replace(situation, timing=Timing.from_json(found)), config)
     if any(isinstance(phase, FitHead) and not phase.folds for phase in chosen.phases):
         why = "has no class with two pictures or groups for training: none can be held out to choose by"
         raise DataError(bench.dataset.root, why, "Add pictures, or give smaller groups.")
@@ -467,7 +477,8 @@ class _Clock:
     def __init__(self, config: RunConfig) -> None:
         self.seconds: dict[str, float] = {}
         self._start = self._last = time.perf_counter()
-        self._budget = read_time(config.train.time_budget) if plan.gathers_evidence(config) else None
+        budget = read_time(config.train.time_budget) if plan.gathers_evidence(config) else 0.0
+        self._budget = budget or None
 
     def left(self) -> float | None:
         """Seconds left of the budget; None where there is none."""

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 FINAL = "final"  # the network's own features, among those of several depths
 # The cheaper of two variants is taken unless the other's log-loss is lower by more than this share.
 WORTH_DEPTH, WORTH_MIRROR = 0.01, 0.02
-SURE = 0.99  # accuracy by cross-validation from which neither mirror images nor training further are tried
+# Neither mirror images nor training further are tried where the error by cross-validation is less than this share of
+# what always saying the most frequent class gives: half of a hundredth for two equal classes.
+LITTLE = 0.02
 # Training further: epochs over the last blocks, at most and at least; what else it takes, in epochs: the activations of
 # the frozen blocks, and the measuring of what came out.
 TUNED_EPOCHS, LEAST_EPOCHS, AROUND = 6, 3, 1.5
@@ -59,6 +61,7 @@ class Evidence:
     variants: tuple[Variant, ...]  # by depth, best first
     mirror: tuple[Variant, Variant] | None  # without and with mirror images, where that was tried
     curve: Curve | None
+    common: float = 0.0  # accuracy of always saying the most frequent class; 0 with several labels a picture
 
     @property
     def distance(self) -> float:
@@ -106,9 +109,14 @@ def _name(distance: float) -> str:
     return "earlier features help" if distance < 0.3 else "the pictures are of another kind"
 
 
-def is_mirror_worth_trying(best: Variant, symmetry: str) -> bool:
+def is_little_left(best: Variant, common: float) -> bool:
+    """Whether hardly an error is left of those that always saying the most frequent class makes."""
+    return 1 - best.accuracy <= LITTLE * (1 - common) + 1e-9  # for what floats cannot tell apart
+
+
+def is_mirror_worth_trying(best: Variant, symmetry: str, common: float) -> bool:
     """Whether mirror images of pictures mean the same, and there is something left to gain by them."""
-    return symmetry != "none" and best.accuracy < SURE
+    return symmetry != "none" and not is_little_left(best, common)
 
 
 def is_mirror_worth(pair: tuple[Variant, Variant]) -> bool:
@@ -142,9 +150,12 @@ def choose_epochs(outlook: Outlook) -> int:
 def weigh_tuning(evidence: Evidence, outlook: Outlook) -> tuple[int, str]:
     """(epochs of training the last blocks further, why); none where it cannot pay or there is no time."""
     best = choose_variant(evidence.variants)
-    if all(variant.taps == (FINAL,) for variant in evidence.variants):
+    every = max((variant.taps for variant in evidence.variants), key=len)
+    if every == (FINAL,):
         return 0, "not trained further: the network has no blocks of which the first could be frozen"
-    if best.accuracy >= SURE:
+    if best.taps == every[:1]:
+        return 0, f"not trained further: the features are those of {every[0]}, up to which everything is frozen"
+    if is_little_left(best, evidence.common):
         return 0, f"not trained further: the fitted head is right on {best.accuracy:.1%}"
     if outlook.select < LEAST_SELECT:
         return 0, f"not trained further: {outlook.select} pictures to choose by are fewer than {LEAST_SELECT}"
@@ -159,7 +170,7 @@ def weigh_tuning(evidence: Evidence, outlook: Outlook) -> tuple[int, str]:
 
 
 def read_time(text: str) -> float:
-    """Seconds of a time such as `90s`, `5m` or `1.5h`; plain numbers are seconds.
+    """Seconds of a time such as `90s`, `5m` or `1.5h`; a number alone counts seconds.
 
     Raises:
         UsageError: for what is no time.

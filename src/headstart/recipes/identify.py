@@ -12,7 +12,7 @@ from typing import Any
 
 import headstart
 from headstart.labels import find_names
-from headstart.pictures import draw_answer, has_fonts
+from headstart.pictures import draw_answer, find_lacking
 
 TOP = 3
 
@@ -21,7 +21,8 @@ def run(data: Any, out: Path, track: Any, settings: Mapping[str, Any]) -> str:
     """A line and a drawing for each picture."""
     classifier = headstart.load("imagenet")
     names = find_names(classifier.classes, "zh")
-    drawn = {"svg": names, "png": names if has_fonts("".join(names.values())) else None}
+    lacking = find_lacking("".join(names.values()))
+    drawn = {"svg": names, "png": {label: name for label, name in names.items() if not lacking & set(name)}}
     out.mkdir(parents=True, exist_ok=True)
     lines = []
     for number, prediction in enumerate(headstart.predict(classifier, data, track=track, **settings), 1):
