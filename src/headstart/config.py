@@ -25,8 +25,10 @@ T = TypeVar("T")
 
 
 def _setting(default: T, help: str, *, counts: bool = False, **limits: float) -> T:
-    """A dataclass field with its help text and, for numbers, the limits `least` and `most`; `counts`: a text that may be
-    a whole number."""
+    """A dataclass field with its help text and, for numbers, the limits `least` and `most`.
+
+    `counts`: whether a text may be given as a whole number.
+    """
     result: T = field(default=default, metadata={"help": help, "counts": counts, **limits})
     return result
 
