@@ -14,12 +14,18 @@ import numpy as np
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+FULL, CUT = "full", "10 a class"
 
 
 @pytest.fixture
 def contest(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     return importlib.import_module("contest")
+
+
+@pytest.fixture
+def standings(contest):
+    return importlib.import_module("standings")
 
 
 @pytest.fixture
@@ -69,13 +75,13 @@ def runs(contest, monkeypatch):
     return commands
 
 
-def row_of(contest, name, entrant, right, cut=None, seed=0, seconds=10.0, true=None):
+def row_of(name, entrant, right, cut=None, seed=0, seconds=10.0, true=None):
     """A row in which the pictures that `right` tells are right, of two classes where `true` is not given."""
     true = [place % 2 for place in range(len(right))] if true is None else true
     predicted = [label if good else 1 - label for label, good in zip(true, right, strict=True)]
     return {
         "set": name,
-        "cut": cut or contest.FULL,
+        "cut": cut or FULL,
         "seed": seed,
         "entrant": entrant,
         "seconds": seconds,
@@ -103,12 +109,12 @@ def table_of(text, title, *cells):
 
 
 @pytest.fixture
-def report(contest, monkeypatch, tmp_path):
+def report(standings, monkeypatch, tmp_path):
     """A function from rows to the report's text; nothing is drawn."""
-    monkeypatch.setattr(contest, "draw_plot", lambda results, file: None)
+    monkeypatch.setattr(standings, "draw_plot", lambda results, file: None)
 
     def write(rows):
-        contest.write_report(rows, tmp_path / "contest.md")
+        standings.write_report(rows, tmp_path / "contest.md")
         return (tmp_path / "contest.md").read_text(encoding="utf-8")
 
     return write
@@ -118,8 +124,8 @@ def report(contest, monkeypatch, tmp_path):
 
 
 def test_a_cut_has_ten_of_each_class_and_the_whole_test(contest, data):
-    whole = contest.list_pictures(data / "hymenoptera", ("hymenoptera", contest.FULL, 0))
-    cut = contest.list_pictures(data / "hymenoptera", ("hymenoptera", contest.CUT, 0))
+    whole = contest.list_pictures(data / "hymenoptera", ("hymenoptera", FULL, 0))
+    cut = contest.list_pictures(data / "hymenoptera", ("hymenoptera", CUT, 0))
     counts = {label: sum(one[1:] == (label, "train") for one in cut) for label in "abc"}
     assert counts == {"a": 10, "b": 10, "c": 4}
     assert [one for one in cut if one[2] == "test"] == [one for one in whole if one[2] == "test"]
@@ -130,7 +136,7 @@ def test_a_cut_has_ten_of_each_class_and_the_whole_test(contest, data):
 
 
 def test_a_cut_is_the_same_for_a_seed_and_another_for_another(contest, data):
-    cuts = [contest.list_pictures(data / "flowers", ("flowers", contest.CUT, seed)) for seed in (0, 0, 1, 2)]
+    cuts = [contest.list_pictures(data / "flowers", ("flowers", CUT, seed)) for seed in (0, 0, 1, 2)]
     assert cuts[0] == cuts[1]
     assert cuts[0] != cuts[2] != cuts[3] != cuts[0]
     names = [f"{number}.jpg" for number in range(40)]
@@ -142,19 +148,19 @@ def test_a_cut_is_the_same_for_a_seed_and_another_for_another(contest, data):
 
 
 def test_a_cut_of_flowers_is_one_of_its_hundred_a_class(contest, data):
-    whole = contest.list_pictures(data / "flowers", ("flowers", contest.FULL, 0))
+    whole = contest.list_pictures(data / "flowers", ("flowers", FULL, 0))
     assert {label: sum(one[1:] == (label, "train") for one in whole) for label in "abc"} == {"a": 100, "b": 12, "c": 4}
-    for seed in contest.SEEDS[contest.CUT]:
-        assert set(contest.list_pictures(data / "flowers", ("flowers", contest.CUT, seed))) < set(whole)
+    for seed in contest.SEEDS[CUT]:
+        assert set(contest.list_pictures(data / "flowers", ("flowers", CUT, seed))) < set(whole)
 
 
 def test_a_row_says_what_each_test_picture_is_and_was_taken_for(contest, data, runs, tmp_path):
     for entrant in ("headstart", "sklearn"):
-        row = contest.measure(("hymenoptera", contest.CUT, 1), entrant, Path("python"), Path("weights"))
+        row = contest.measure(("hymenoptera", CUT, 1), entrant, Path("python"), Path("weights"))
         assert row["true"] == [0] * 5 + [1] * 3 + [2] * 2
         assert row["predicted"] == [1] * 10
         assert (row["n"], row["accuracy"], row["seconds"], row["memory"]) == (10, 0.3, 12.35, 1000)
-        assert [row[key] for key in ("set", "cut", "seed", "entrant")] == ["hymenoptera", contest.CUT, 1, entrant]
+        assert [row[key] for key in ("set", "cut", "seed", "entrant")] == ["hymenoptera", CUT, 1, entrant]
         assert row["plan"] == {"strategy": "probe", "phases": []}
         assert json.loads(json.dumps(row)) == row
 
@@ -162,7 +168,7 @@ def test_a_row_says_what_each_test_picture_is_and_was_taken_for(contest, data, r
 def test_headstart_is_given_nothing_and_rivals_their_epochs_and_seed(contest, data, runs):
     for name in ("hymenoptera", "flowers"):
         for entrant in ("headstart", "probe-alone", "fastai"):
-            contest.measure((name, contest.CUT, 2), entrant, Path("python"), Path("weights"))
+            contest.measure((name, CUT, 2), entrant, Path("python"), Path("weights"))
     assert [command[1:4] for command in runs if "--out" in command] == [["-m", "headstart", "train"]] * 4
     assert [command[9:] for command in runs if "--out" in command] == [[], ["--strategy", "probe"]] * 2
     assert [command[-4:] for command in runs if "--out" not in command] == [
@@ -172,7 +178,7 @@ def test_headstart_is_given_nothing_and_rivals_their_epochs_and_seed(contest, da
 
 
 def test_a_run_that_has_a_row_is_not_run_again(contest, data, runs, tmp_path):
-    file, cases = tmp_path / "rows.jsonl", [("flowers", contest.CUT, seed) for seed in (0, 1)]
+    file, cases = tmp_path / "rows.jsonl", [("flowers", CUT, seed) for seed in (0, 1)]
     contest.hold(cases, ["headstart"], Path("python"), file)
     assert len(runs) == 2
     before = file.read_bytes()
@@ -183,9 +189,16 @@ def test_a_run_that_has_a_row_is_not_run_again(contest, data, runs, tmp_path):
     assert keys == [(0, "headstart"), (1, "headstart"), (0, "sklearn"), (1, "sklearn")]
 
 
+def test_what_needs_pictures_to_choose_by_runs_on_full_sets_only(contest, data, runs, tmp_path):
+    cases = [("flowers", cut, 0) for cut in (FULL, CUT)]
+    contest.hold(cases, ["headstart", "headstart-5m"], Path("python"), tmp_path / "rows.jsonl")
+    found = [(row["cut"], row["entrant"]) for row in contest.read_rows(tmp_path / "rows.jsonl")]
+    assert found == [(FULL, "headstart"), (FULL, "headstart-5m"), (CUT, "headstart")]
+
+
 @pytest.mark.parametrize("kept", [1, 200, -1])
 def test_a_last_line_that_was_cut_off_is_dropped_and_run_again(contest, data, runs, tmp_path, kept):
-    file, cases = tmp_path / "rows.jsonl", [("flowers", contest.CUT, seed) for seed in (0, 1)]
+    file, cases = tmp_path / "rows.jsonl", [("flowers", CUT, seed) for seed in (0, 1)]
     contest.hold(cases, ["headstart"], Path("python"), file)
     lines = file.read_bytes().splitlines(keepends=True)
     file.write_bytes(lines[0] + lines[1][:kept])
@@ -238,10 +251,10 @@ def test_a_rival_is_given_the_table_and_its_answers_are_written(rivals, monkeypa
 # What the report says
 
 
-def test_full_sets_have_intervals_paired_differences_times_and_memory(contest, report):
+def test_full_sets_have_intervals_paired_differences_times_and_memory(report):
     rows = [
-        row_of(contest, "scenes", "headstart", first(9, 10), seconds=20),
-        row_of(contest, "scenes", "sklearn", first(6, 10), seconds=30),
+        row_of("scenes", "headstart", first(9, 10), seconds=20),
+        row_of("scenes", "sklearn", first(6, 10), seconds=30),
     ]
     text = report(rows)
     ours = table_of(text, "Full sets", "scenes, full", "headstart")
@@ -259,17 +272,17 @@ def test_full_sets_have_intervals_paired_differences_times_and_memory(contest, r
     assert "In no row." in text
 
 
-def test_balanced_accuracy_is_the_mean_of_recalls(contest, report):
+def test_balanced_accuracy_is_the_mean_of_recalls(report):
     true = [0] * 8 + [1] * 2
-    rows = [row_of(contest, "chest_xray", "headstart", first(9, 10), true=true)]
+    rows = [row_of("chest_xray", "headstart", first(9, 10), true=true)]
     row = table_of(report(rows), "Full sets", "chest_xray, full", "headstart")
     assert row[2].startswith("0.900 [")
     assert row[3].startswith("0.750 [")
 
 
-def test_a_cut_counts_by_the_mean_of_its_seeds_once_all_are_there(contest, report):
+def test_a_cut_counts_by_the_mean_of_its_seeds_once_all_are_there(report):
     rows = [
-        row_of(contest, "flowers", entrant, first(count, 20), contest.CUT, seed, seconds=seconds)
+        row_of("flowers", entrant, first(count, 20), CUT, seed, seconds=seconds)
         for entrant, counts in (("headstart", (14, 16, 18)), ("sklearn", (10, 12, 17)))
         for seed, (count, seconds) in enumerate(zip(counts, (10, 20, 60), strict=True))
     ]
@@ -283,24 +296,24 @@ def test_a_cut_counts_by_the_mean_of_its_seeds_once_all_are_there(contest, repor
     assert table_of(missing, "Ten pictures a class", "flowers, 10 a class", "sklearn")[2:] == ["-"] * 6
 
 
-def test_intervals_of_cuts_count_both_pictures_and_seeds(contest):
+def test_intervals_of_cuts_count_both_pictures_and_seeds(standings):
     def width(counts):
-        rows = [row_of(contest, "flowers", "sklearn", first(count, 100), contest.CUT) for count in counts]
-        found, _ = contest.estimate(contest.merge(rows))
+        rows = [row_of("flowers", "sklearn", first(count, 100), CUT) for count in counts]
+        found, _ = standings.estimate(standings.merge(rows))
         assert found.low < found.value < found.high
         return found.high - found.low
 
     assert width((80, 80, 80)) < width((75, 80, 85)) < width((60, 80, 100))
 
 
-def test_the_summary_ranks_with_shared_places_and_takes_fastais_better_rate(contest, report):
+def test_the_summary_ranks_with_shared_places_and_takes_fastais_better_rate(report):
     counts = {
         "scenes": {"headstart": 18, "fastai": 10, "fastai-lr-find": 18, "sklearn": 12},
         "flowers": {"headstart": 19, "fastai": 14, "fastai-lr-find": 8, "sklearn": 16},
     }
     seconds = {"headstart": 10, "fastai": 40, "fastai-lr-find": 90, "sklearn": 5}
     rows = [
-        row_of(contest, name, entrant, first(count, 20), seconds=seconds[entrant])
+        row_of(name, entrant, first(count, 20), seconds=seconds[entrant])
         for name, entrants in counts.items()
         for entrant, count in entrants.items()
     ]
@@ -317,37 +330,37 @@ def test_the_summary_ranks_with_shared_places_and_takes_fastais_better_rate(cont
     assert table_of(text, "What came of it", "the best mean rank")[2] == "yes"
 
 
-def test_of_fastais_two_rates_the_faster_counts_where_both_are_as_accurate(contest):
+def test_of_fastais_two_rates_the_faster_counts_where_both_are_as_accurate(standings):
     runs = {"fastai": (8, 90), "fastai-lr-find": (8, 40)}
     entrants = {
-        name: contest.merge([row_of(contest, "scenes", name, first(count, 10), seconds=seconds)])
+        name: standings.merge([row_of("scenes", name, first(count, 10), seconds=seconds)])
         for name, (count, seconds) in runs.items()
     }
-    rivals = contest.get_rivals(entrants)
+    rivals = standings.get_rivals(entrants)
     assert list(rivals) == ["fastai"]
     assert rivals["fastai"].seconds == 40
 
 
-def test_sets_where_a_rival_has_no_row_yet_do_not_count_in_means(contest):
+def test_sets_where_a_rival_has_no_row_yet_do_not_count_in_means(standings):
     tables = [
-        {name: contest.merge([row_of(contest, "scenes", name, first(count, 10))]) for name, count in counts.items()}
+        {name: standings.merge([row_of("scenes", name, first(count, 10))]) for name, count in counts.items()}
         for counts in ({"headstart": 9, "sklearn": 8}, {"headstart": 1})
     ]
-    standings, count = contest.rank(tables)
+    places, count = standings.rank(tables)
     assert count == 1
-    assert standings["headstart"] == pytest.approx((1, 0.1, 1))
-    assert contest.rank([{"sklearn": tables[0]["sklearn"]}]) == ({}, 0)
+    assert places["headstart"] == pytest.approx((1, 0.1, 1))
+    assert standings.rank([{"sklearn": tables[0]["sklearn"]}]) == ({}, 0)
 
 
-def test_a_claim_that_does_not_hold_is_told_and_losses_are_listed(contest, report):
+def test_a_claim_that_does_not_hold_is_told_and_losses_are_listed(report):
     rows = [
-        row_of(contest, "scenes", "headstart", first(60, 100), seconds=20),
-        row_of(contest, "scenes", "tutorial-frozen", first(90, 100), seconds=40),
-        row_of(contest, "scenes", "fastai", first(61, 100), seconds=50),
-        row_of(contest, "scenes", "lp-ft", first(90, 100)),
-        row_of(contest, "flowers", "headstart", first(90, 100), seconds=20),
-        row_of(contest, "flowers", "tutorial-frozen", first(60, 100), seconds=80),
-        row_of(contest, "flowers", "lp-ft", first(91, 100)),
+        row_of("scenes", "headstart", first(60, 100), seconds=20),
+        row_of("scenes", "tutorial-frozen", first(90, 100), seconds=40),
+        row_of("scenes", "fastai", first(61, 100), seconds=50),
+        row_of("scenes", "lp-ft", first(90, 100)),
+        row_of("flowers", "headstart", first(90, 100), seconds=20),
+        row_of("flowers", "tutorial-frozen", first(60, 100), seconds=80),
+        row_of("flowers", "lp-ft", first(91, 100)),
     ]
     text = report(rows)
     found = {line[0]: line[1:] for line in (table_of(text, "What came of it", claim) for claim in claims_of(text))}
@@ -369,8 +382,17 @@ def test_a_claim_that_does_not_hold_is_told_and_losses_are_listed(contest, repor
     assert beaten[4].endswith("**headstart loses**")
     assert table_of(text, "Where headstart loses", "scenes, full", "fastai")[4].endswith("within the noise")
     assert "flowers" not in text.split("## Where headstart loses")[1].split("## Full sets")[0]
-    assert table_of(text, "One arm left out", "scenes", "full")[-2:] == ["lp-ft", "**no**"]
-    assert table_of(text, "One arm left out", "flowers", "full")[-2:] == ["lp-ft", "yes"]
+    assert table_of(text, "One part left out", "scenes", "full")[-2:] == ["lp-ft", "**no**"]
+    assert table_of(text, "One part left out", "flowers", "full")[-2:] == ["lp-ft", "yes"]
+
+
+def test_what_each_part_brings_is_told_by_two_entrants(report):
+    counts = {"headstart": 16, "headstart-without-depths": 12, "headstart-5m": 18, "lp-ft": 11}
+    rows = [row_of("scenes", entrant, first(count, 20)) for entrant, count in counts.items()]
+    cells = table_of(report(rows), "One part left out", "scenes", "full")
+    assert cells[2] == "0.800" and cells[3].startswith("+0.200 [") and cells[4] == "-"
+    assert cells[5].startswith("+0.100 [") and cells[6] == "-"
+    assert cells[7:] == ["-", "0.550", "-", "lp-ft", "yes"]
 
 
 def claims_of(text):
@@ -378,16 +400,16 @@ def claims_of(text):
     return [line.strip("|").split("|")[0].strip() for line in lines]
 
 
-def test_a_report_of_no_rows_claims_nothing(contest, report):
+def test_a_report_of_no_rows_claims_nothing(report):
     text = report([])
     assert len(claims_of(text)) == 5
     assert all(table_of(text, "What came of it", claim)[1:] == ["-", "-"] for claim in claims_of(text))
-    assert table_of(text, "One arm left out", "scenes", "full")[2:] == ["-"] * (len(contest.OURS) + 2)
+    assert table_of(text, "One part left out", "scenes", "full")[2:] == ["-"] * 10
 
 
-def test_the_plot_names_those_who_ran(contest, tmp_path):
-    rows = [row_of(contest, "scenes", name, first(9, 10)) for name in ("headstart", "sklearn")]
-    contest.write_report(rows, tmp_path / "contest.md")
+def test_the_plot_names_those_who_ran(standings, tmp_path):
+    rows = [row_of("scenes", name, first(9, 10)) for name in ("headstart", "sklearn")]
+    standings.write_report(rows, tmp_path / "contest.md")
     texts = {element.text for element in ElementTree.parse(tmp_path / "contest.svg").iter() if element.text}
     assert {"headstart", "sklearn", "scenes, full"} <= texts
     assert "fastai" not in texts

@@ -31,7 +31,7 @@ def train(make_shapes, tiny_weights, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     data = make_shapes(tmp_path / "data", 14)
 
-    def run(out, launcher, *more, settings=SETTINGS):
+    def run(out, launcher, *more, settings=SETTINGS, data=data):
         monkeypatch.setenv("HEADSTART_CACHE", str(tmp_path / f"cache of {out}"))
         words = ["train", data, "--out", tmp_path / out, "--weights", tiny_weights, *settings, *more]
         return subprocess.run(
@@ -82,6 +82,28 @@ def test_two_processes_see_the_same_pictures_and_give_the_same_model_as_one(trai
     # One process speaks: every epoch's line is there once.
     assert two.stderr.count("epoch 1: loss") == len([row for row in second if row["epoch"] == 1 and "step" not in row])
     assert two.stdout.count("written to") == 1
+
+
+@pytest.mark.slow
+def test_what_is_trained_further_in_two_processes_is_weighed_as_in_one(make_shapes, train, tmp_path):
+    many = make_shapes(tmp_path / "many", 80)
+    rows = [
+        f"{path.relative_to(tmp_path)},{('square', path.parent.name)[number % 3 > 0]}"  # some labels are wrong
+        for number, path in enumerate(sorted(many.rglob("*.png")))
+    ]
+    (tmp_path / "table.csv").write_text("\n".join(("image,label", *rows)))
+    settings = shlex.split("--time-budget 1h --epochs 2 --precision float32")
+    reasons = []
+    for name, launcher in (("two", TWO), ("one", (sys.executable,))):
+        done = train(name, launcher, settings=settings, data=tmp_path / "table.csv")
+        assert done.returncode == 0, done.stderr
+        reasons.append(json.loads((tmp_path / name / "plan.json").read_text())["reasons"])
+    arms = ("the fitted head", "the last blocks trained", "all blocks trained")
+    weighed = [[line for line in told if line.startswith(arms) and " against " not in line] for told in reasons]
+    assert len(weighed[0]) == len(weighed[1]) == 17
+    for first, second in zip(*weighed, strict=True):
+        (name, mine), (same, its) = (reason.split(": log-loss ") for reason in (first, second))
+        assert name == same and float(mine) == pytest.approx(float(its), abs=0.01)
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from headstart import checkpoints, engine, loading, sampling
+from headstart import checkpoints, engine, loading, processes, sampling
 from headstart.blocks import find_blocks
 from headstart.config import EngineConfig
 from headstart.engine import Adapted, Epoch, Step, Training, kept_memory
@@ -790,7 +790,7 @@ def test_sharing_statistics_leaves_a_network_as_it_was_but_for_its_batch_norms(n
     pictures = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     modes = {name: module.training for name, module in model.named_modules()}
     parameters, keys = dict(model.named_parameters()), [*model.state_dict()]
-    engine.share_statistics(model)
+    processes.share_statistics(model)
     assert norms_of(model) and all(isinstance(module, nn.SyncBatchNorm) for module in norms_of(model))
     assert [*model.state_dict()] == keys
     assert all(parameter is parameters[key] for key, parameter in model.named_parameters())
@@ -813,7 +813,7 @@ def test_sharing_statistics_in_every_epoch_leaves_the_network_as_it_was_too(name
     model, plain = build_timm(name), build_timm(name)
     pictures = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     for _ in range(2):
-        engine.share_statistics(model)
+        processes.share_statistics(model)
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(pictures), plain.eval()(pictures))
 

@@ -9,6 +9,7 @@ from PIL import Image, ImageOps
 import headstart
 from headstart import backbones, evidence, plan, verdicts
 from headstart.data import Dataset, Sample
+from headstart.errors import UsageError
 from headstart.evidence import Depths, Table
 from headstart.plan import FitHead
 from headstart.taps import Tapped, find_depths
@@ -217,8 +218,7 @@ def test_a_head_on_any_depths_and_views_predicts_as_it_was_fitted(
 
 def look_at(monkeypatch, mirror_images: bool) -> None:
     monkeypatch.setattr(evidence, "is_mirror_worth_trying", lambda *_: True)
-    for module in (evidence, plan):
-        monkeypatch.setattr(module, "is_mirror_worth", lambda pair: mirror_images)
+    monkeypatch.setattr(verdicts, "is_mirror_worth", lambda pair: mirror_images)
 
 
 def find(network, size, chosen):
@@ -228,6 +228,48 @@ def find(network, size, chosen):
     tapped = Tapped(copy.deepcopy(network), chosen, size)
     with torch.no_grad():
         return chosen, tuple(rows.shape[1] for rows in tapped.look(torch.zeros(1, 3, size, size)))
+
+
+@pytest.mark.parametrize("mirror_images", [False, True])
+def test_depths_can_be_set_and_views_are_found_all_the_same(shapes, tiny_weights, tmp_path, monkeypatch, mirror_images):
+    look_at(monkeypatch, mirror_images)
+    settings = {"weights": str(tiny_weights), "precision": "float32", "device": "cpu", "taps": "blocks.1, final"}
+    run = headstart.train(shapes, tmp_path / "run", **settings)
+    assert run is not None and run.plan.phases[0].taps == run.classifier.backbone.spec.taps == ("blocks.1", FINAL)
+    assert run.classifier.backbone.spec.views == ("plain", "mirror")[: 1 + mirror_images]
+    told = "; ".join(run.plan.reasons)
+    assert "mirror images: log-loss" in told and "distance" not in told and told.count("logistic on") == 1
+
+
+@pytest.mark.parametrize("views", [("plain",), ("plain", "mirror")])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"strategy": "probe"},
+        {"strategy": "lp-ft", "epochs": 1},
+        {"strategy": "scratch", "epochs": 1},
+        {"head": "mlp", "hidden": 8, "epochs": 1},
+    ],
+)
+def test_views_can_be_set_whatever_the_strategy(shapes, tiny_weights, tmp_path, monkeypatch, settings, views):
+    look_at(monkeypatch, len(views) == 1)  # the opposite would be found
+    settings = {"weights": str(tiny_weights), "precision": "float32", "device": "cpu", **settings}
+    run = headstart.train(shapes, tmp_path / "run", views=views[-1], **settings)
+    assert run is not None and run.classifier.backbone.spec.views == views
+    again = headstart.evaluate(tmp_path / "run", precision="float32", device="cpu")
+    np.testing.assert_allclose(again.probabilities, run.evaluation.probabilities, atol=1e-5)
+    picture = next((shapes / "circle").glob("*.png"))
+    with Image.open(picture) as content:
+        content.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "mirrored.png")
+    there, back = run.classifier.predict([picture, tmp_path / "mirrored.png"], precision="float32", device="cpu")
+    apart = max(abs(there.probabilities[label] - back.probabilities[label]) for label in run.classifier.classes)
+    assert apart < 1e-3 or len(views) == 1
+
+
+def test_mirror_images_that_mean_something_else_are_not_averaged_over(shapes, tiny_weights, tmp_path):
+    with pytest.raises(UsageError, match="views"):
+        headstart.train(shapes, tmp_path / "run", weights=str(tiny_weights), views="mirror", symmetry="none")
 
 
 def test_where_both_views_are_looked_at_a_mirror_image_gets_the_same_answer(

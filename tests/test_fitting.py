@@ -22,7 +22,7 @@ from headstart.errors import UsageError
 from headstart.heads import FittedHead
 from headstart.images import Limits, open_image
 from headstart.model import Classifier
-from headstart.plan import FitHead, Layout, Plan, Train
+from headstart.plan import FitHead, Layout, Pace, Plan, Timing, Train
 from headstart.processes import World
 from headstart.runs import RunFolder
 
@@ -293,7 +293,7 @@ def test_several_labels_are_trained_and_measured(make_bench, tagged):
     epochs = epochs_of(bench.start(phase, 0, adapted, None))
     assert list(epochs[0].select) == ["log_loss", "map", "micro_f1", "macro_f1", "subset_accuracy"]
     assert epochs[-1].loss < epochs[1].loss
-    classifier = fitting.finish(bench, adapted, {})
+    classifier = fitting.finish(bench, adapted, {}, phase)
     assert classifier.task == "multi" and len(classifier.thresholds) == 4
 
 
@@ -607,7 +607,7 @@ def test_the_classifier_gives_what_was_trained(bench):
     rows = embed_plainly(adapted.backbone, bench.backbone.spec.preprocess, paths)
     with torch.no_grad():
         logits = adapted.head(torch.from_numpy(rows))
-    classifier = fitting.finish(bench, adapted, {"training": [1]})
+    classifier = fitting.finish(bench, adapted, {"training": [1]}, phase)
     expected = (logits / classifier.temperature).softmax(1).numpy()
     predictions = list(classifier.predict(paths, device="cpu", precision="float32"))
     found = [[prediction.probabilities[label] for label in bench.dataset.classes] for prediction in predictions]
@@ -624,7 +624,7 @@ def test_the_temperature_is_found_on_the_select_pictures(bench):
     samples = bench.dataset.of_role("select")
     with torch.no_grad():
         logits = adapted.head(torch.from_numpy(bench.rows(samples)))
-    classifier = fitting.finish(bench, adapted, {})
+    classifier = fitting.finish(bench, adapted, {}, phase)
     targets = torch.from_numpy(evaluation.encode(samples, bench.dataset.classes).argmax(1))
 
     def doubted(temperature):  # one picture more, as likely of one class as of another, is counted
@@ -640,39 +640,44 @@ def test_after_a_phase_on_features_the_backbone_is_the_one_that_came(bench):
     phase = Train(decide(epochs=1), PLAIN, on="features")
     adapted = bench.begin(phase, None)
     epochs_of(bench.start(phase, 0, adapted, None))
-    assert fitting.finish(bench, adapted, {}).backbone is bench.backbone
+    assert fitting.finish(bench, adapted, {}, phase).backbone is bench.backbone
 
 
 def test_weights_are_told_apart_by_their_digest(bench):
     digests = set()
     for seed in (0, 0, 1):
-        adapted = bench.begin(Train(decide(), PLAIN), None)
+        phase = Train(decide(), PLAIN)
+        adapted = bench.begin(phase, None)
         torch.manual_seed(seed)
         nn.init.normal_(adapted.backbone.blocks[0][0].conv.weight)
-        digests.add(fitting.finish(bench, adapted, {}).backbone.spec.digest)
+        digests.add(fitting.finish(bench, adapted, {}, phase).backbone.spec.digest)
     assert len(digests) == 2
 
 
 # Layouts, heads
 
 
-def test_a_phase_on_features_needs_no_measurement(bench, own_cache, tmp_path):
-    plan = make_plan(Train(decide(), Layout("bfloat16"), on="features"))
-    assert fitting.measure_pace(bench, plan, RunConfig(), tmp_path).layout == PLAIN
-    assert not own_cache.exists()
+def test_what_is_measured_is_what_runs_the_network_and_of_two_stages_the_last():
+    assert make_plan(Train(decide(), PLAIN, on="features")).unmeasured is None
+    first, last = Train(decide(epochs=1), PLAIN), Train(decide(epochs=2), PLAIN)
+    assert make_plan(first, last).unmeasured is last
+    arms = [dataclasses.replace(first, name=name) for name in ("one", "other")]
+    found = dataclasses.replace(make_plan(*arms), timing=Timing((Pace(PLAIN, 0.1, "one"),)))
+    assert found.unmeasured is arms[1]
 
 
 @pytest.mark.parametrize("cache, kept", [("auto", 1), ("none", 0)])
 def test_the_layout_is_measured_and_kept_unless_nothing_is_to_be(bench, own_cache, tmp_path, cache, kept):
-    plan = make_plan(Train(decide(batch_size=2), PLAIN))
-    pace = fitting.measure_pace(bench, plan, RunConfig(train=TrainConfig(cache=cache)), tmp_path)
+    phase = Train(decide(batch_size=2), PLAIN, name="all blocks")
+    pace = fitting.measure_pace(bench, phase, RunConfig(train=TrainConfig(cache=cache)), tmp_path)
     assert pace.layout in (PLAIN, Layout("float32"), Layout("bfloat16")) and 0 < pace.seconds < 10
+    assert pace.name == "all blocks"
     assert len(list(own_cache.rglob("layout-*.json"))) == kept
 
 
 def test_of_several_processes_only_the_first_measures(make_bench, own_cache, tmp_path):
-    plan = make_plan(Train(decide(), Layout("float16")))
-    assert fitting.measure_pace(make_bench(world=World(1, 2)), plan, RunConfig(), tmp_path).seconds == 0.0
+    phase = Train(decide(), Layout("float16"))
+    assert fitting.measure_pace(make_bench(world=World(1, 2)), phase, RunConfig(), tmp_path).seconds == 0.0
     assert not own_cache.exists()
 
 
@@ -683,7 +688,7 @@ def test_a_step_is_timed_without_the_frozen_blocks_where_their_activations_will_
     seen = []
     monkeypatch.setattr(fitting.trials, "find_pace", lambda *given: seen.append(given) or fitting.Pace(PLAIN, 0.1))
     settings = decide(batch_size=2, freeze="2", cached_views=views, disk_mebibytes=room)
-    fitting.measure_pace(bench, make_plan(Train(settings, PLAIN)), RunConfig(), tmp_path)
+    fitting.measure_pace(bench, Train(settings, PLAIN), RunConfig(), tmp_path)
     ((model, blocks, timed, *_, name, _, activations),) = seen
     assert len(blocks) == len(bench.blocks) - 2 * kept and timed.freeze == ("" if kept else "2")
     assert (" after " in name) == kept == (activations is not None)

@@ -7,12 +7,14 @@ import torch
 from torch import nn
 
 import headstart
-from headstart import fitting, phases, training
+from headstart import backbones, fitting, phases, training
+from headstart.config import resolve
 from headstart.engine import Adapted
 from headstart.errors import UsageError
 from headstart.phases import Arm, choose, interpolate
-from headstart.plan import Choose, FitHead, Train
-from headstart.verdicts import FINAL
+from headstart.plan import Choose, FitHead, Layout, Pace, Situation, Timing, Train, decide
+from headstart.taps import see_blocks
+from headstart.verdicts import FINAL, Evidence, Variant
 
 
 def model(value: float) -> Adapted:
@@ -40,7 +42,7 @@ def test_models_of_other_shapes_have_nothing_between_them():
 
 
 def arm(share: float, *losses: float) -> Arm:
-    return Arm(share, ("plain",), np.array(losses))
+    return Arm(1, "the last blocks", share, ("plain",), np.array(losses))
 
 
 def spread(low: float, high: float, count: int = 20) -> list[float]:
@@ -66,11 +68,12 @@ def test_the_cheapest_arm_is_taken_unless_another_is_surely_better(arms, taken, 
 
 
 def test_a_dearer_arm_must_be_surely_better_than_the_cheaper_one_that_was_taken():
-    plain, mirror = arm(1, *spread(0.2, 0.4)), Arm(1, ("plain", "mirror"), np.array(spread(0.199, 0.399)))
+    plain = arm(1, *spread(0.2, 0.4))
+    mirror = dataclasses.replace(plain, views=("plain", "mirror"), losses=np.array(spread(0.199, 0.399)))
     alone = [str(number) for number in range(20)]
     assert choose([HELD, plain, mirror], alone)[0] is plain
     assert choose([HELD, mirror], alone)[0] is mirror
-    better = Arm(1, ("plain", "mirror"), np.array(spread(0.1, 0.3)))
+    better = dataclasses.replace(mirror, losses=np.array(spread(0.1, 0.3)))
     assert choose([HELD, plain, better], alone)[0] is better
 
 
@@ -98,12 +101,20 @@ def options(tiny_weights, **more):
 def doubtful(monkeypatch):
     """Drawn shapes are told apart too easily for anything to be gained: that is overlooked."""
     monkeypatch.setattr("headstart.verdicts.is_little_left", lambda best, common: False)
+    monkeypatch.setattr("headstart.verdicts.WHOLE_EPOCHS", 3)
+    monkeypatch.setattr("headstart.engine.can_win", lambda losses, epochs, target: True)
 
 
-def take(monkeypatch, share, views=("plain",)):
-    monkeypatch.setattr(
-        phases, "choose", lambda arms, groups: (next(a for a in arms if (a.share, a.views) == (share, views)), "taken")
-    )
+BLOCKS, ALL, RANDOM = "the last blocks", "all blocks", "all blocks from random weights"
+
+
+def take(monkeypatch, share, views=("plain",), name=BLOCKS):
+    wanted = (name if share else "the fitted head", share, views)
+
+    def choose(arms, groups):
+        return next(arm for arm in arms if (arm.name, arm.share, arm.views) == wanted), "taken"
+
+    monkeypatch.setattr(phases, "choose", choose)
 
 
 @pytest.mark.parametrize("views", [("plain",), ("plain", "mirror")])
@@ -114,12 +125,13 @@ def test_what_was_trained_further_is_saved_and_predicts_as_it_was_measured(
     take(monkeypatch, share, views)
     run = headstart.train(many, tmp_path / "run", **options(tiny_weights))
     assert run is not None and run.plan.strategy == "lp-ft"
-    first, second, third = run.plan.phases
-    assert isinstance(first, FitHead) and isinstance(second, Train) and isinstance(third, Choose)
+    first, second, third, last = run.plan.phases
+    assert isinstance(first, FitHead) and isinstance(last, Choose)
+    assert isinstance(second, Train) and isinstance(third, Train) and (second.name, third.name) == (BLOCKS, ALL)
     assert run.classifier.backbone.spec.views == views and run.classifier.backbone.spec.taps
     again = headstart.evaluate(tmp_path / "run", precision="float32", device="cpu")
     np.testing.assert_allclose(again.probabilities, run.evaluation.probabilities, atol=1e-5)
-    assert not list((tmp_path / "run").glob("activations*"))
+    assert not [*(tmp_path / "run").glob("activations*"), *(tmp_path / "run").glob("trained*")]
     before, after = training.find_network(training.configs.resolve(None, options(tiny_weights))).load(), None
     after = headstart.load(tmp_path / "run").backbone.state_dict()
     same = {name for name, tensor in before.state_dict().items() if torch.equal(tensor, after[name])}
@@ -145,7 +157,7 @@ def test_where_the_fitted_head_is_taken_it_is_the_one_of_a_run_without_training(
 def test_a_run_that_was_interrupted_goes_on_by_the_pace_it_had(many, tiny_weights, tmp_path, monkeypatch, doubtful):
     settings = options(tiny_weights)
     planned = headstart.train(many, tmp_path / "run", dry_run=True, **settings)
-    assert planned.timing is not None and 0 < planned.timing.seconds_left < 600
+    assert planned.timing.paces and 0 < planned.timing.seconds_left < 600
 
     def refuse(*_):
         raise AssertionError("timed again")
@@ -181,7 +193,7 @@ def test_no_epoch_is_begun_that_would_take_longer_than_there_is_time(
     monkeypatch.setattr(training.plan, "decide", hurry)
     headstart.train(many, tmp_path / "run", **options(tiny_weights))
     rows = [json.loads(line) for line in (tmp_path / "run/history.jsonl").read_text().splitlines()]
-    assert [row["epoch"] for row in rows if "step" not in row] == [0, 1]
+    assert [row["epoch"] for row in rows if "step" not in row] == [0, 1] * 2
 
 
 def test_what_is_held_against_the_fitted_head_was_trained_also_where_no_epoch_was_better(
@@ -189,7 +201,7 @@ def test_what_is_held_against_the_fitted_head_was_trained_also_where_no_epoch_wa
 ):
     take(monkeypatch, 1.0)
     monkeypatch.setattr("headstart.plan.TUNED_RATE", 1.0)  # it only gets worse
-    headstart.train(many, tmp_path / "run", **options(tiny_weights))
+    headstart.train(many, tmp_path / "run", **options(tiny_weights, freeze="blocks.1"))
     rows = [json.loads(line) for line in (tmp_path / "run/history.jsonl").read_text().splitlines()]
     start, *others = [row for row in rows if "step" not in row]
     assert not start["best"] and others[0]["best"]
@@ -242,9 +254,9 @@ def test_settings_of_training_are_heeded_where_there_is_time_and_refused_where_t
 def test_the_plan_says_first_what_is_done(many, tiny_weights, tmp_path, doubtful):
     tried = headstart.train(many, tmp_path / "tried", dry_run=True, **options(tiny_weights))
     plain = headstart.train(many, tmp_path / "plain", dry_run=True, **options(tiny_weights, time_budget="0"))
-    assert tried.reasons[0] == "strategy auto: probe, and lp-ft held against it"
+    assert tried.reasons[0] == "strategy auto: probe, and training further held against it"
     assert plain.reasons[0] == "strategy auto: probe, which trains no weight of the network"
-    assert plain.timing is None
+    assert plain.timing.paces == ()
 
 
 def test_weights_that_two_layers_share_lie_as_far_on_the_way_as_others():
@@ -254,17 +266,28 @@ def test_weights_that_two_layers_share_lie_as_far_on_the_way_as_others():
     assert torch.equal(interpolate(start, end, 0.5).backbone[0].weight, torch.full((2, 2), 2.0))
 
 
+@pytest.mark.parametrize("name", [BLOCKS, ALL])
 @pytest.mark.parametrize(
     ("place", "call"),
-    [("prefix.keep", 2), ("checkpoints.write", 3), ("phases.weigh", 1), ("phases.embed", 3), ("fitting.finish", 1)],
+    [
+        pytest.param("prefix.keep", 2, marks=pytest.mark.slow),
+        pytest.param("checkpoints.write", 3, marks=pytest.mark.slow),
+        ("checkpoints.write", 9),  # of all blocks: the last ones have six epochs and a start
+        pytest.param("checkpoints.keep", 1, marks=pytest.mark.slow),
+        pytest.param("fitting.train_phases", 2, marks=pytest.mark.slow),
+        pytest.param("phases.weigh", 1, marks=pytest.mark.slow),
+        ("phases.weigh", 2),
+        pytest.param("phases.embed", 3, marks=pytest.mark.slow),
+        pytest.param("fitting.finish", 1, marks=pytest.mark.slow),
+    ],
 )
 def test_wherever_an_arm_is_interrupted_it_goes_on_and_ends_with_the_same_bits(
-    many, tiny_weights, tmp_path, monkeypatch, doubtful, place, call
+    many, tiny_weights, tmp_path, monkeypatch, doubtful, place, call, name
 ):
-    take(monkeypatch, 0.5, ("plain", "mirror"))
+    take(monkeypatch, 0.5, ("plain", "mirror"), name)
     whole = headstart.train(many, tmp_path / "whole", **options(tiny_weights))
-    module, name = (getattr(headstart, place.partition(".")[0]), place.partition(".")[2])
-    real, calls = getattr(module, name), []
+    module, function = (getattr(headstart, place.partition(".")[0]), place.partition(".")[2])
+    real, calls = getattr(module, function), []
 
     def stop(*given, **named):
         calls.append(1)
@@ -273,7 +296,7 @@ def test_wherever_an_arm_is_interrupted_it_goes_on_and_ends_with_the_same_bits(
         return real(*given, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, name, stop)
+        patch.setattr(module, function, stop)
         with pytest.raises(KeyboardInterrupt):
             headstart.train(many, tmp_path / "run", **options(tiny_weights))
     run = headstart.train(many, tmp_path / "run", **options(tiny_weights))
@@ -281,6 +304,33 @@ def test_wherever_an_arm_is_interrupted_it_goes_on_and_ends_with_the_same_bits(
     np.testing.assert_array_equal(run.evaluation.probabilities, whole.evaluation.probabilities)
     for key, tensor in whole.classifier.backbone.state_dict().items():
         assert torch.equal(tensor, run.classifier.backbone.state_dict()[key]), key
+    (facts,), (expected,) = (one.classifier.provenance["training"] for one in (run, whole))
+    assert {**facts, "seconds": 0} == {**expected, "seconds": 0}
+    weighed = [[reason for reason in one.plan.reasons if "% of the way" in reason] for one in (run, whole)]
+    assert weighed[0] == weighed[1] and len(weighed[0]) == 16
+
+
+def test_what_an_arm_gave_is_trained_again_where_its_file_is_damaged(
+    many, tiny_weights, tmp_path, monkeypatch, doubtful, caplog
+):
+    take(monkeypatch, 0.5)
+    whole = headstart.train(many, tmp_path / "whole", **options(tiny_weights))
+    with monkeypatch.context() as patch:
+        patch.setattr(phases, "decide", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            headstart.train(many, tmp_path / "run", **options(tiny_weights))
+    first, second = sorted((tmp_path / "run").glob("trained-*"))
+    content = bytearray(first.read_bytes())
+    content[-10] ^= 1
+    first.write_bytes(content)
+    second.unlink()
+    run = headstart.train(many, tmp_path / "run", **options(tiny_weights))
+    assert run is not None and whole is not None and "trained-1.safetensors: is damaged" in caplog.text
+    np.testing.assert_array_equal(run.evaluation.probabilities, whole.evaluation.probabilities)
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("symmetry", ["none", "mirror", "any"])
@@ -303,3 +353,103 @@ def test_several_labels_a_picture_are_trained_further_too(many, tiny_weights, tm
     assert run.plan.phases[1].settings.loss == "bce-with-logits" and len(run.classifier.thresholds) == 4
     again = headstart.evaluate(tmp_path / "run", precision="float32", device="cpu")
     np.testing.assert_allclose(again.probabilities, run.evaluation.probabilities, atol=1e-5)
+
+
+def test_all_blocks_are_trained_where_that_is_taken(many, tiny_weights, tmp_path, monkeypatch, doubtful):
+    take(monkeypatch, 1.0, name=ALL)
+    run = headstart.train(many, tmp_path / "run", **options(tiny_weights))
+    assert run is not None and run.plan.strategy == "lp-ft"
+    assert [facts["phase"] for facts in run.classifier.provenance["training"]] == [2]
+    before = training.find_network(training.configs.resolve(None, options(tiny_weights))).load().state_dict()
+    after = run.classifier.backbone.state_dict()
+    assert not torch.equal(before["conv_stem.weight"], after["conv_stem.weight"])
+    again = headstart.evaluate(tmp_path / "run", precision="float32", device="cpu")
+    np.testing.assert_allclose(again.probabilities, run.evaluation.probabilities, atol=1e-5)
+
+
+def test_random_weights_are_an_arm_where_the_pictures_are_many_and_of_another_kind(
+    many, tiny_weights, tmp_path, monkeypatch, doubtful
+):
+    monkeypatch.setattr("headstart.plan.is_scratch_worth_trying", lambda *_: True)
+    take(monkeypatch, 1.0, name=RANDOM)
+    run = headstart.train(many, tmp_path / "run", **options(tiny_weights, epochs=1))
+    assert run is not None and run.plan.strategy == "scratch"
+    assert run.classifier.backbone.spec.weights == "trained from random weights"
+    of_random = [reason for reason in run.plan.reasons if reason.startswith(f"{RANDOM} trained, ")]
+    assert len(of_random) == 2 and all("100% of the way" in reason for reason in of_random)
+    again = headstart.evaluate(tmp_path / "run", precision="float32", device="cpu")
+    np.testing.assert_allclose(again.probabilities, run.evaluation.probabilities, atol=1e-5)
+
+
+def test_an_arm_that_gets_no_better_is_stopped_by_patience_once_it_was_trained(
+    many, tiny_weights, tmp_path, monkeypatch, doubtful
+):
+    monkeypatch.setattr("headstart.plan.TUNED_RATE", 1.0)  # it only gets worse
+    run = headstart.train(many, tmp_path / "run", **options(tiny_weights, freeze="blocks.1", patience=2))
+    rows = [json.loads(line) for line in (tmp_path / "run/history.jsonl").read_text().splitlines()]
+    epochs = [row for row in rows if "step" not in row]
+    best = max(row["epoch"] for row in epochs if row["best"])
+    assert best >= 1 and len(epochs) - 1 == min(6, best + 2)
+    assert run is not None and any("none was better for 2" in reason for reason in run.plan.reasons) == (best < 4)
+
+
+@pytest.mark.parametrize(("given", "shares"), [("100", [1.0]), ("50, 100, 50", [0.5, 1.0]), (30, [0.3])])
+def test_what_is_tried_between_the_heads_network_and_the_trained_one_can_be_set(
+    many, tiny_weights, tmp_path, doubtful, given, shares
+):
+    run = headstart.train(many, tmp_path / "run", **options(tiny_weights, interpolation=given, freeze="blocks.1"))
+    assert run is not None and list(run.plan.phases[-1].shares) == shares
+    weighed = [reason for reason in run.plan.reasons if "% of the way" in reason and " against " not in reason]
+    assert len(weighed) == 2 * len(shares)  # plain, and with mirror images
+
+
+@pytest.mark.parametrize("given", ["abc", "0", "101", "50;100", ""])
+def test_what_is_no_way_from_one_to_the_other_is_refused_before_anything_is_done(many, tmp_path, given):
+    with pytest.raises(UsageError, match="interpolation"):
+        headstart.train(many, tmp_path / "run", interpolation=given, time_budget="1m")
+    with pytest.raises(UsageError, match="interpolation"):
+        headstart.train(many, tmp_path / "run", interpolation="50")
+    assert not (tmp_path / "run").exists()
+
+
+def test_random_weights_have_the_blocks_of_the_network_that_comes_along():
+    spec = backbones.locate("auto").spec.adapted(taps=("blocks.4", FINAL))
+    built, random = backbones.load(backbones.locate("auto")).network, backbones.randomise(spec, 0)
+    assert {f"inner.{name}" for name in built.state_dict()} == set(random.state_dict())
+    names = {name for name, _ in random.named_modules()}
+    assert {module for block in see_blocks(random, 224) for module in block.modules} <= names
+
+
+def test_an_arm_that_cannot_win_any_more_is_stopped_and_that_is_said(
+    many, tiny_weights, tmp_path, monkeypatch, doubtful
+):
+    for module in ("engine", "phases"):
+        monkeypatch.setattr(f"headstart.{module}.can_win", lambda losses, epochs, target: len(losses) < 3)
+    run = headstart.train(many, tmp_path / "run", **options(tiny_weights))
+    rows = [json.loads(line) for line in (tmp_path / "run/history.jsonl").read_text().splitlines()]
+    assert run is not None and [row["epoch"] for row in rows if "step" not in row] == [0, 1, 2] * 2
+    assert f"{BLOCKS}: stopped after 2 of 6 epochs, they could not win any more" in run.plan.reasons
+
+
+DEEP = Evidence(
+    (
+        Variant(("x", FINAL), ("plain",), "logistic", 0.3, 0.9, 0.85, 0.95, 100),
+        Variant((FINAL,), ("plain",), "logistic", 0.4, 0.9, 0.85, 0.95, 100),
+    ),
+    None,
+    None,
+)
+
+
+def test_each_training_has_the_time_that_is_foreseen_for_it_and_its_share_of_the_rest():
+    situation = Situation("single", 2, 460, 60, 100, 5, "cpu", "float32", evidence=DEEP)
+    timing = Timing((Pace(Layout("float32"), 0.02, BLOCKS), Pace(Layout("bfloat16"), 0.05, ALL)), 400.0)
+    settings = resolve(None, {"time_budget": "10m"})
+    _, blocks, every, last = decide(dataclasses.replace(situation, timing=timing), settings).phases
+    assert (blocks.settings.epochs, every.settings.epochs) == (6, 12) and isinstance(last, Choose)
+    assert blocks.seconds == pytest.approx(60 - 12 + 35) and every.seconds == pytest.approx(270 - 30 + 35)
+    assert (blocks.layout.precision, every.layout.precision) == ("float32", "bfloat16")
+    short = dataclasses.replace(timing, seconds_left=149.0)
+    made = decide(dataclasses.replace(situation, timing=short), settings)
+    assert [phase.name for phase in made.phases if isinstance(phase, Train)] == [BLOCKS]
+    assert "all blocks: not trained, 3 epochs would take about 90 s, and 89 s of the budget are left" in made.reasons

@@ -109,16 +109,16 @@ from headstart.plan import (  # noqa: E402
     LAYER_DECAY,
     RATES,
     Layout,
+    Pace,
     Timing,
     Train,
     choose_batch_size,
-    needs_features,
     settle,
-    trains,
 )
+from headstart.strategies import needs_features, trains  # noqa: E402
 
 LAYOUT = Layout("float32", channels_last=False)
-TRAINING = dataclasses.replace(USUAL, select=45, timing=Timing(LAYOUT, 0.02))
+TRAINING = dataclasses.replace(USUAL, select=45, timing=Timing((Pace(LAYOUT, 0.02),)))
 PROBE_WITH_MLP = {"strategy": "probe", "head": "mlp"}
 TRAINED = [{"strategy": name} for name in ("finetune", "lp-ft", "two-stage", "scratch")] + [PROBE_WITH_MLP]
 
@@ -267,6 +267,7 @@ def test_a_plan_to_train_comes_back_from_its_json(settings):
             phases.append(FitHead(tuple(phase["heads"]), phase["folds"]))
         else:
             made = {"settings": EngineConfig(**phase["settings"]), "layout": Layout(**phase["layout"])}
+            made["views"] = tuple(phase["views"])
             phases.append(Train(**{**phase, **made}))
     assert tuple(phases) == plan.phases
     assert (values["strategy"], tuple(values["reasons"])) == (plan.strategy, plan.reasons)

@@ -94,7 +94,7 @@ def test_a_run_that_was_killed_within_an_epoch_ends_with_the_same_bits(command, 
 # Kills the process where a function is called for the so-many-th time under a condition on what it is given.
 KILLED = """
 import os, signal
-from headstart import checkpoints, cli, engine, fitting, history, loading, runs
+from headstart import checkpoints, cli, engine, fitting, history, loading, prefix, runs
 plainly, calls = {function}, []
 def kill(*given, **named):
     if {condition}:

@@ -3,16 +3,22 @@ import pytest
 from headstart.errors import UsageError
 from headstart.verdicts import (
     FINAL,
-    LEAST_EPOCHS,
     LEAST_SELECT,
     TUNED_EPOCHS,
     Evidence,
     Outlook,
     Variant,
+    can_gain,
+    can_win,
     choose_epochs,
+    choose_length,
+    choose_views,
+    describe_evidence,
+    find_boundary,
+    is_scratch_worth_trying,
     read_time,
     show_time,
-    weigh_tuning,
+    weigh_time,
 )
 
 
@@ -50,36 +56,123 @@ def test_a_time_is_shown_as_people_say_it(seconds, text):
 )
 def test_there_are_as_many_epochs_as_the_time_allows(left, epochs):
     # 400 pictures at 50 a second: 8 s an epoch, and one and a half of these around them.
-    assert choose_epochs(Outlook(400, 60, 0.02, left)) == epochs
+    assert choose_epochs(Outlook(400, 60, 0.02, left), TUNED_EPOCHS) == epochs
+
+
+def test_fewer_epochs_than_the_least_are_none():
+    assert choose_epochs(Outlook(400, 60, 0.02, 52.0), 60, least=5) == 5
+    assert choose_epochs(Outlook(400, 60, 0.02, 51.9), 60, least=5) == 0
+    assert choose_epochs(Outlook(400, 60, 0.02, 1000.0), 2, least=2) == 2
 
 
 def test_before_steps_are_timed_all_epochs_are_thought_possible():
-    assert choose_epochs(Outlook(400, 60, 0.0, 1.0)) == TUNED_EPOCHS
+    assert choose_epochs(Outlook(400, 60, 0.0, 1.0), 12) == 12
 
 
 @pytest.mark.parametrize(
-    ("evidence", "outlook", "epochs", "words"),
+    ("outlook", "epochs", "words"),
     [
-        (DEEP, AMPLE, TUNED_EPOCHS, "6 epochs over the last blocks, of about 60 s"),
-        (DEEP, Outlook(400, 60, 0.02, 45.0), 4, "4 epochs"),
-        (DEEP, Outlook(4000, 600, 0.02, 300.0), 0, f"{LEAST_EPOCHS} epochs would take about 6 min, and 5 min of the"),
-        (DEEP, Outlook(4000, 600, 0.02, -3.0), 0, "and 0 s of the budget are left"),
-        (DEEP, Outlook(100, LEAST_SELECT - 1, 0.02, 600.0), 0, "29 pictures to choose by are fewer than 30"),
-        (DEEP, Outlook(100, LEAST_SELECT, 0.02, 600.0), TUNED_EPOCHS, "6 epochs"),
-        (Evidence((variant((FINAL,)),), None, None), AMPLE, 0, "no blocks"),
-        (Evidence((variant(accuracy=0.98), variant((FINAL,), 0.4)), None, None), AMPLE, 0, "right on 98.0%"),
-        (Evidence((variant(accuracy=0.98), variant((FINAL,), 0.4)), None, None, 0.5), AMPLE, 6, "6 epochs"),
-        (Evidence((variant(accuracy=0.99), variant((FINAL,), 0.4)), None, None, 0.5), AMPLE, 0, "right on 99.0%"),
-        # Where 99 of 100 are of one class, 99 % say nothing.
-        (Evidence((variant(accuracy=0.99), variant((FINAL,), 0.4)), None, None, 0.99), AMPLE, 6, "6 epochs"),
-        (
-            Evidence((variant(("x",), 0.2), variant(), variant((FINAL,), 0.4)), None, None),
-            AMPLE,
-            0,
-            "those of x, up to",
-        ),
+        (AMPLE, TUNED_EPOCHS, "then 6 epochs over the last blocks, of about 60 s"),
+        (Outlook(400, 60, 0.02, 45.0), 4, "4 epochs"),
+        (Outlook(4000, 600, 0.02, 300.0), 0, "the last blocks: not trained, 3 epochs would take about 6 min, and 5 m"),
+        (Outlook(4000, 600, 0.02, -3.0), 0, "and 0 s of the budget are left"),
     ],
 )
-def test_whether_training_further_may_pay_is_decided_from_figures_and_said(evidence, outlook, epochs, words):
-    found, why = weigh_tuning(evidence, outlook)
+def test_whether_there_is_time_is_said_with_figures(outlook, epochs, words):
+    found, why = weigh_time("the last blocks", outlook, TUNED_EPOCHS)
     assert found == epochs and words in why
+
+
+@pytest.mark.parametrize(
+    ("evidence", "select", "words"),
+    [
+        (DEEP, 60, ""),
+        (DEEP, LEAST_SELECT - 1, "29 pictures to choose by are fewer than 30"),
+        (DEEP, LEAST_SELECT, ""),
+        (Evidence((variant(accuracy=0.98), variant((FINAL,), 0.4)), None, None), 60, "right on 98.0%"),
+        (Evidence((variant(accuracy=0.98), variant((FINAL,), 0.4)), None, None, 0.5), 60, ""),
+        (Evidence((variant(accuracy=0.99), variant((FINAL,), 0.4)), None, None, 0.5), 60, "right on 99.0%"),
+        # Where 99 of 100 are of one class, 99 % say nothing.
+        (Evidence((variant(accuracy=0.99), variant((FINAL,), 0.4)), None, None, 0.99), 60, ""),
+    ],
+)
+def test_whether_training_further_may_pay_is_decided_from_figures_and_said(evidence, select, words):
+    possible, why = can_gain(evidence, select)
+    assert possible == (not words) and words in why
+
+
+ONE_DEPTH = Evidence((variant((FINAL,)),), None, None)
+FIRST_ALONE = Evidence((variant(("x",), 0.2), variant(), variant((FINAL,), 0.4)), None, None)
+
+
+@pytest.mark.parametrize(
+    ("evidence", "freeze", "boundary", "words"),
+    [
+        (DEEP, "", "x", ""),
+        (DEEP, "y", "y", ""),
+        (DEEP, "3", "3", ""),
+        (ONE_DEPTH, "", "", "no block is known"),
+        (ONE_DEPTH, "y", "y", ""),
+        (FIRST_ALONE, "", "", "those of x, up to"),
+        (FIRST_ALONE, "w", "w", ""),
+    ],
+)
+def test_the_network_is_frozen_up_to_the_first_block_looked_at_or_the_one_asked_for(evidence, freeze, boundary, words):
+    found, why = find_boundary(evidence, freeze)
+    assert found == boundary and words in why and bool(why) == (not found)
+
+
+@pytest.mark.parametrize(
+    ("pictures", "epochs"), [(1, 12), (1_600, 12), (2_000, 10), (5_000, 4), (20_000, 3), (10**6, 3)]
+)
+def test_the_more_pictures_the_fewer_epochs_over_everything(pictures, epochs):
+    assert choose_length(pictures) == epochs
+
+
+@pytest.mark.parametrize(
+    ("every", "pictures", "worth"), [(0.2, 20_000, True), (0.2, 19_999, False), (0.29, 20_000, False)]
+)
+def test_random_weights_are_tried_on_many_pictures_of_another_kind_only(every, pictures, worth):
+    evidence = Evidence((variant(log_loss=every), variant((FINAL,), 0.4)), None, None)
+    assert is_scratch_worth_trying(evidence, pictures) == worth
+
+
+def test_where_one_depth_was_looked_at_nothing_is_said_of_a_distance():
+    assert ONE_DEPTH.distance is None and not is_scratch_worth_trying(ONE_DEPTH, 10**6)
+    assert not any("distance" in line for line in describe_evidence(ONE_DEPTH))
+
+
+@pytest.mark.parametrize(
+    ("losses", "epochs", "can"),
+    [
+        ([], 6, True),
+        ([0.5], 6, True),
+        ([0.5, 0.9, 1.2], 6, True),  # before half-way nothing is told
+        ([0.5, 0.9, 1.0, 1.1], 6, False),
+        ([0.5, 0.9, 0.95, 0.85], 6, True),
+        ([0.5, 1.0, 1.1, 1.05], 6, False),
+        ([0.5, 1.0, 0.9, 0.95], 6, False),  # one fall of 0.1 in three epochs: 0.65 at the best
+        ([0.5, 1.0, 0.88, 0.95], 6, True),
+        ([9.0, 5.0, 2.0, 2.0, 2.0, 2.0], 10, False),  # falls of long ago do not count
+        ([0.5, 0.7], 1, False),
+        ([0.5, 0.6], 1, True),
+    ],
+)
+def test_an_arm_goes_on_while_its_loss_can_still_come_near_what_is_held(losses, epochs, can):
+    assert can_win(losses, epochs, 0.5) == can
+
+
+@pytest.mark.parametrize(
+    ("both", "wanted", "views"),
+    [
+        (0.2, "auto", 2),
+        (0.299, "auto", 1),
+        (None, "auto", 1),
+        (0.2, "plain", 1),
+        (0.299, "mirror", 2),
+        (None, "mirror", 2),
+    ],
+)
+def test_views_are_those_that_are_set_or_found(both, wanted, views):
+    pair = None if both is None else (variant(), variant(log_loss=both))
+    assert choose_views(pair, wanted) == ("plain", "mirror")[:views]

@@ -136,18 +136,23 @@ def untrained(name: str, seed: int, weights: str = "") -> Backbone:
         seed: of the weights.
         weights: a file whose description says which network; its weights are not used.
     """
-    import torch
-
     if weights:
         spec = _locate_file(name, Path(weights)).spec
     else:
         name = DEFAULT if name == "auto" else name
         spec = zoo.describe_packaged(name) if name in zoo.PACKAGED else zoo.describe(name)[0]
+    network = randomise(spec, seed)
+    return Backbone.of(dataclasses.replace(spec, weights=f"random, seed {seed}", digest=""), network)
+
+
+def randomise(spec: Spec, seed: int) -> nn.Module:
+    """A network with its taps and with the random weights that its library begins with."""
+    import torch
+
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         network, _ = _construct(spec, initialise=True)
-    spec = dataclasses.replace(spec, weights=f"random, seed {seed}", digest="")
-    return Backbone.of(spec, network.eval().requires_grad_(False))
+    return _tap(network.eval().requires_grad_(False), spec)
 
 
 def imagenet_head(name: str = DEFAULT) -> tuple[torch.Tensor, torch.Tensor]:

@@ -22,7 +22,7 @@ from headstart import (
     prefix,
 )
 from headstart.augmentation import Augmentation
-from headstart.backbones import Backbone
+from headstart.backbones import Backbone, randomise
 from headstart.blocks import Block, count_frozen
 from headstart.data import Dataset, Role, Sample
 from headstart.engine import Adapted, Training
@@ -83,7 +83,7 @@ class Bench:
         The head's temperature is divided out of a fitted one, so that training starts from calibrated logits.
         """
         settings = phase.settings
-        body = nn.Identity() if phase.on == "features" else copy.deepcopy(self.backbone.network)
+        body = nn.Identity() if phase.on == "features" else self._copy_body(phase)
         if head is not None:
             last = copy.deepcopy(head.module)
             with torch.no_grad():
@@ -96,6 +96,12 @@ class Bench:
                     settings.head, self.dim, len(self.dataset.classes), settings.hidden, settings.dropout
                 )
         return Adapted(body, last).to(self.device)
+
+    def _copy_body(self, phase: Train) -> nn.Module:
+        spec = self.backbone.spec
+        if phase.start == "random" and spec.digest:
+            return randomise(spec, self.seed)
+        return copy.deepcopy(self.backbone.network)
 
     def start(
         self, phase: Train, number: int, adapted: Adapted, folder: Path | None, resumed: bool = False
@@ -139,6 +145,7 @@ class Bench:
             world=self.world,
             seconds=phase.seconds,
             keeps_start=phase.keeps_start,
+            target=phase.target,
         )
 
     def cut(self, phase: Train, adapted: Adapted) -> prefix.Cut | None:

@@ -37,10 +37,7 @@ def write(folder: Path, checkpoint: Checkpoint) -> None:
     Raises:
         TrainingError: where the disk is full or cannot be written; the last checkpoint is still there.
     """
-    from safetensors.torch import save
-
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
-    content = seal(save(tensors, {"checkpoint": json.dumps({"sha256": UNSEALED, **checkpoint.facts})}))
+    content = _pack(checkpoint)
     file, fresh = folder / NAME, folder / f"{NAME}.new"
     try:
         write_whole(fresh, content)
@@ -49,10 +46,45 @@ def write(folder: Path, checkpoint: Checkpoint) -> None:
         fresh.replace(file)
         sync(folder)
     except OSError as error:
-        free = f"{shutil.disk_usage(folder).free / 2**20:.1f} MiB are free" if folder.exists() else "the folder is gone"
-        why = f"cannot be written ({error.strerror}): {len(content) / 2**20:.1f} MiB are needed, {free}"
         kept = ": the last good checkpoint is kept" if file.exists() or (folder / PREVIOUS).exists() else ""
-        raise TrainingError(file, why, f"Free some space and give the same command{kept}.") from error
+        raise _unwritable(file, content, error, kept) from error
+
+
+def keep(file: Path, checkpoint: Checkpoint) -> None:
+    """Write what a finished phase gave, whole or not at all.
+
+    Raises:
+        TrainingError: where the disk is full or cannot be written.
+    """
+    content = _pack(checkpoint)
+    try:
+        write_whole(file, content)
+    except OSError as error:
+        raise _unwritable(file, content, error) from error
+
+
+def recall(file: Path) -> Checkpoint | None:
+    """What a finished phase gave; None where that was not kept, or is damaged."""
+    if not file.exists():
+        return None
+    kept = _read(file)
+    if kept is None:
+        log.warning("%s: is damaged (its checksum does not match): the phase begins again", file)
+    return kept
+
+
+def _unwritable(file: Path, content: bytes, error: OSError, kept: str = "") -> TrainingError:
+    folder = file.parent
+    free = f"{shutil.disk_usage(folder).free / 2**20:.1f} MiB are free" if folder.exists() else "the folder is gone"
+    why = f"cannot be written ({error.strerror}): {len(content) / 2**20:.1f} MiB are needed, {free}"
+    return TrainingError(file, why, f"Free some space and give the same command{kept}.")
+
+
+def _pack(checkpoint: Checkpoint) -> bytes:
+    from safetensors.torch import save
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
+    return seal(save(tensors, {"checkpoint": json.dumps({"sha256": UNSEALED, **checkpoint.facts})}))
 
 
 def read(folder: Path) -> Checkpoint | None:

@@ -68,7 +68,14 @@ class ModelConfig:
         "grey, pressed into it, or the middle cut out at the picture's own scale (auto: as the weights were trained)",
     )
     taps: str = _setting(
-        "", "blocks whose pooled outputs a head is fitted on, such as blocks.2,blocks.4,final (default: final alone)"
+        "",
+        "blocks whose pooled outputs a head is fitted on, such as blocks.2,blocks.4,final (default: by evidence with "
+        "strategy auto, else final alone)",
+    )
+    views: Literal["auto", "plain", "mirror"] = _setting(
+        "auto",
+        "what answers are averaged over: a picture alone, or it and its mirror image (auto: by evidence with strategy "
+        "auto, else plain)",
     )
 
 
@@ -83,8 +90,13 @@ class TrainConfig:
     )
     time_budget: str = _setting(
         "0",
-        "time such as 90s, 5m or 2h in which strategy auto may also train the last blocks further, and rank measures "
-        "networks; what would take longer is not tried (0: nothing is trained, and all are ranked)",
+        "time such as 90s, 5m or 2h in which strategy auto may also train weights, and rank measures networks; what "
+        "would take longer is not tried (0: no weight is trained, and all networks are ranked)",
+        counts=True,
+    )
+    interpolation: str = _setting(
+        "25,50,75,100",
+        "with a time budget: percent of the way from the fitted head's network to the trained one that are tried",
         counts=True,
     )
     seed: int = _setting(0, "seed of splits, folds and resampling", least=0)

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +31,8 @@ from headstart.loading import ahead, count_cpus
 from headstart.material import Batch, Material, Window, draw_windows, make_window
 from headstart.metrics import is_better
 from headstart.plan import Layout
-from headstart.processes import Signals, World
+from headstart.processes import Signals, World, share_statistics
+from headstart.verdicts import can_win
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +91,7 @@ class _State:
     totals: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # loss, hits and pictures of the epoch
     best_epoch: int = -1
     best: float = math.nan
+    losses: list[float] = field(default_factory=list)  # log-loss on select after each epoch, the start's first
     seconds: float = 0.0  # of the epoch
     spent: float = 0.0  # seconds of finished epochs
 
@@ -111,7 +112,9 @@ class Training:
         folder: where checkpoints are kept; None: nowhere.
         world: this process among others.
         seconds: that epochs may take together: none is begun that would take longer; None: as they will.
-        keeps_start: whether the start is kept where no epoch is better than it.
+        keeps_start: whether the start is kept where no epoch is better than it; else training ends where it cannot come
+            near the target any more.
+        target: log-loss on select; None: that of the start.
 
     Where the folder holds a checkpoint of this phase, the phase is where it was then.
     """
@@ -131,13 +134,14 @@ class Training:
         world: World = World(),
         seconds: float | None = None,
         keeps_start: bool = True,
+        target: float | None = None,
     ) -> None:
         if layout.channels_last:
             model.to(memory_format=torch.channels_last)
         self.model, self.settings, self.layout = model, settings, layout
         self.material, self.validate = material, validate
         self.seed, self.phase, self.folder, self.world = seed, phase, folder, world
-        self.seconds, self.keeps_start = seconds, keeps_start
+        self.seconds, self.keeps_start, self.target = seconds, keeps_start, target
         self.device, self.dtype = next(model.parameters()).device, getattr(torch, layout.precision)
         self.parts = optimisation.divide(model, blocks, settings)
         groups = optimisation.group_parameters(model, self.parts, settings)
@@ -168,7 +172,7 @@ class Training:
             if state.epoch < 0:
                 yield self._finish_epoch()
                 self._check(save=True)
-            while state.epoch < settings.epochs and not self._is_stale() and not self._is_late():
+            while state.epoch < settings.epochs and not (self._is_stale() or self._is_lost() or self._is_late()):
                 self._booked = time.perf_counter()
                 parallel = self.thaw()
                 still = _copy(self._still_tensors())
@@ -351,6 +355,7 @@ class Training:
         if not math.isfinite(figures["log_loss"]):
             raise self._diverged(figures["log_loss"], f"epoch {state.epoch + 1}, on select")
         value = figures[self.settings.best_by]
+        state.losses.append(figures["log_loss"])
         best = is_better(self.settings.best_by, value, state.best) and (self.keeps_start or state.epoch >= 0)
         if best:
             state.best, state.best_epoch, self.best = value, state.epoch + 1, _copy(judged.state_dict())
@@ -368,7 +373,12 @@ class Training:
         self.state.seconds, self._booked = self.state.seconds + now - self._booked, now
 
     def _is_stale(self) -> bool:
-        return 0 < self.settings.patience <= self.state.epoch - self.state.best_epoch
+        return 0 < self.settings.patience <= self.state.epoch - max(0, self.state.best_epoch)
+
+    def _is_lost(self) -> bool:
+        losses = self.state.losses
+        target = losses[0] if self.target is None else self.target
+        return not self.keeps_start and not can_win(losses, self.settings.epochs, target)
 
     def _is_late(self) -> bool:
         """Whether another epoch would take longer than there is time; all processes go by the first one's clock."""
@@ -435,17 +445,6 @@ class Training:
 
     def _describe_making(self) -> str:
         return f"{self.world.size} processes of {torch.get_num_threads()} threads"
-
-
-def share_statistics(model: nn.Module) -> None:
-    """Let batch norms in training see all processes' pictures, in place; activations that timm keeps in them stay."""
-    import timm.layers
-
-    if any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
-        return  # since an earlier epoch; converted once more, they would lose their activations
-    convert: Any = timm.layers.convert_sync_batchnorm  # type: ignore[attr-defined]
-    for name, child in list(model.named_children()):
-        setattr(model, name, convert(child))
 
 
 def _copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -32,7 +32,7 @@ from headstart.verdicts import (
     Evidence,
     Variant,
     choose_variant,
-    is_mirror_worth,
+    choose_views,
     is_mirror_worth_trying,
 )
 from headstart.views import View
@@ -50,13 +50,21 @@ ENOUGH = 16  # pictures that the least share must have
 
 @dataclass(frozen=True)
 class Depths:
-    """The taps of a feature matrix, side by side, and their widths."""
+    """The taps of a feature matrix, side by side, and their widths; no widths where there is nothing to choose."""
 
     taps: tuple[str, ...]
-    widths: tuple[int, ...]
+    widths: tuple[int, ...] = ()
 
-    def columns(self, taps: Sequence[str]) -> NDArray[np.int64]:
+    @property
+    def choices(self) -> tuple[tuple[str, ...], ...]:
+        """What a head may be fitted on: each depth by itself, or all of them."""
+        alone = [(tap,) for tap in self.taps] if self.widths else []
+        return tuple(dict.fromkeys((*alone, self.taps)))
+
+    def columns(self, taps: Sequence[str]) -> NDArray[np.int64] | slice:
         """The columns of some taps, in the taps' own order."""
+        if tuple(taps) == self.taps:
+            return slice(None)
         starts = np.cumsum((0, *self.widths))
         places = [self.taps.index(tap) for tap in taps]
         return np.concatenate([np.arange(starts[place], starts[place + 1]) for place in places])
@@ -97,7 +105,13 @@ class Sight:
 
 
 def gather(
-    table: Table, depths: Depths, spec: Spec, rows: Look, look: Callable[[Spec, Sequence[Sample]], View], symmetry: str
+    table: Table,
+    depths: Depths,
+    spec: Spec,
+    rows: Look,
+    look: Callable[[Spec, Sequence[Sample]], View],
+    symmetry: str,
+    wanted: str = "auto",
 ) -> Sight:
     """The depths and views that tell the classes of some pictures apart best.
 
@@ -108,6 +122,7 @@ def gather(
         rows: pictures -> their features at all depths, (n, sum of widths).
         look: (network, pictures) -> a view of them, as of their mirror images.
         symmetry: what leaves a picture's meaning alone.
+        wanted: views, as they are set; auto: those that are found to be best.
     """
     variants = weigh_depths(table, rows(table.samples), depths)
     chosen = choose_variant(variants)
@@ -126,9 +141,9 @@ def gather(
 
     matrix = plain(table.samples)
     common = table.common()
-    worth = is_mirror_worth_trying(chosen, symmetry, common)
+    worth = wanted == "auto" and is_mirror_worth_trying(chosen, symmetry, common)
     pair = weigh_mirror(table, matrix, mirror, chosen.taps) if worth else None
-    views: tuple[ViewName, ...] = ("plain", "mirror") if pair is not None and is_mirror_worth(pair) else ("plain",)
+    views = choose_views(pair, wanted)
     found = Evidence(variants, pair, draw_curve(table, matrix, chosen), common)
     taps = () if chosen.taps == (FINAL,) else chosen.taps
     sight = dataclasses.replace(spec, taps=taps, views=views)
@@ -199,7 +214,7 @@ def weigh_depths(table: Table, matrix: NDArray[np.float32], depths: Depths) -> t
     """
     some, places = table.part(PICTURES / len(table.samples))
     found = []
-    for taps in (*((tap,) for tap in depths.taps), depths.taps):
+    for taps in depths.choices:
         head = some.fit(matrix[places][:, depths.columns(taps)], KIND)
         found.append(some.describe(head, taps, ("plain",)))
     return tuple(sorted(found, key=lambda variant: variant.log_loss))

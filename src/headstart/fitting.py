@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import json
 import logging
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -29,11 +31,13 @@ from headstart import (
     pictures,
     splits,
     trials,
+    weights,
 )
 from headstart import config as configs
 from headstart.backbones import Backbone
 from headstart.bench import Bench, answer, embed
 from headstart.blocks import count_frozen
+from headstart.checkpoints import Checkpoint
 from headstart.config import RunConfig
 from headstart.data import Dataset, Sample
 from headstart.engine import Adapted
@@ -43,14 +47,13 @@ from headstart.history import open_history, summarise
 from headstart.images import Limits, View
 from headstart.material import draw_windows, make_window
 from headstart.model import Classifier
-from headstart.plan import UNMEASURED, FitHead, Plan, Train
+from headstart.plan import FitHead, Pace, Plan, Train
 from headstart.runs import RunFolder
 from headstart.taps import untap
-from headstart.trials import Pace
 
 log = logging.getLogger(__name__)
 
-BATCH = "batch.png"
+BATCH, TRAINED = "batch.png", "trained-{}.safetensors"
 
 
 def fit_heads(
@@ -91,19 +94,30 @@ def list_candidates(head: FittedHead | None) -> list[dict[str, Any]]:
 
 
 def finish(
-    bench: Bench, adapted: Adapted, provenance: Mapping[str, Any], views: tuple[View, ...] = ("plain",)
+    bench: Bench, adapted: Adapted, provenance: Mapping[str, Any], phase: Train, views: tuple[View, ...] = ()
 ) -> Classifier:
-    """The classifier of a trained model, its temperature and thresholds found on the `select` pictures."""
-    backbone, on_features = bench.backbone, isinstance(adapted.backbone, nn.Identity)
-    if not on_features:
+    """The classifier of a trained model, its temperature and thresholds found on the `select` pictures.
+
+    Args:
+        bench: what phases work on.
+        adapted: the model.
+        provenance: where it comes from, as JSON values.
+        phase: that trained it.
+        views: of pictures, that its answers are averaged over; none: the phase's.
+    """
+    backbone, views = bench.backbone, views or phase.views
+    if not isinstance(adapted.backbone, nn.Identity):
         trained = untap(adapted.backbone).state_dict()
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in trained.items()}
-        origin = f"{backbone.spec.weights}, trained further" if backbone.spec.digest else "trained from random weights"
+        origin = f"{backbone.spec.weights}, trained further"
+        origin = origin if phase.start == "pretrained" else "trained from random weights"
         spec = dataclasses.replace(backbone.spec, weights=origin, digest=_digest(state), views=views)
         backbone = Backbone(spec, state)
+    elif views != backbone.spec.views:
+        backbone = Backbone(dataclasses.replace(backbone.spec, views=views), backbone.state_dict())
     head = adapted.head.cpu().eval().requires_grad_(False)
     samples = bench.dataset.of_role("select")
-    if on_features:
+    if backbone is bench.backbone:
         matrix = bench.rows(samples)
     else:
         matrix = embed(backbone, bench.album(samples), bench.device, bench.precision, bench.world)
@@ -176,18 +190,17 @@ def check_settings(bench: Bench, chosen: Plan) -> None:
                 break
 
 
-def measure_pace(bench: Bench, chosen: Plan, config: RunConfig, folder: Path) -> Pace:
-    """The layout in which the plan's last training phase is fastest on this machine; the first process measures.
+def measure_pace(bench: Bench, phase: Train, config: RunConfig, folder: Path) -> Pace:
+    """The layout in which a phase is fastest on this machine, and its pace; the first process measures.
 
     Args:
         bench: what phases work on.
-        chosen: the plan.
+        phase: the phase.
         config: the settings.
         folder: of the run, on whose disk activations would be kept.
     """
-    phase = [phase for phase in chosen.phases if isinstance(phase, Train)][-1]
-    if phase.on == "features" or not bench.world.first:  # the others are told
-        return Pace(UNMEASURED, 0.0)
+    if not bench.world.first:  # the others are told
+        return Pace(phase.layout, 0.0, phase.name)
     spec, adapted, blocks, settings = bench.backbone.spec, bench.begin(phase, None), bench.blocks, phase.settings
     name, parts, activations = f"{spec.library}/{spec.architecture}", bench.cut(phase, adapted), None
     if parts is not None:
@@ -200,7 +213,7 @@ def measure_pace(bench: Bench, chosen: Plan, config: RunConfig, folder: Path) ->
             settings = dataclasses.replace(settings, freeze="")
     chosen_cache = config.train.cache
     cache = configs.cache_folder() if chosen_cache == "auto" else Path(chosen_cache)
-    return trials.find_pace(
+    pace = trials.find_pace(
         adapted,
         blocks,
         settings,
@@ -211,6 +224,7 @@ def measure_pace(bench: Bench, chosen: Plan, config: RunConfig, folder: Path) ->
         None if chosen_cache == "none" else cache / "layouts",
         activations,
     )
+    return dataclasses.replace(pace, name=phase.name)
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,8 +241,53 @@ class Trained:
         return {"pictures": pictures, "heads": list_candidates(head), "training": self.facts}
 
 
-def train_phases(folder: RunFolder, chosen: Plan, bench: Bench, head: FittedHead | None, track: Any) -> Trained:
-    """The training phases of a plan, from the folder's checkpoint where there is one.
+def list_trainings(chosen: Plan) -> list[int]:
+    """The numbers of a plan's training phases."""
+    return [number for number, phase in enumerate(chosen.phases) if isinstance(phase, Train)]
+
+
+def train_arm(
+    folder: RunFolder, chosen: Plan, number: int, bench: Bench, head: FittedHead | None, track: Any
+) -> Trained:
+    """One training phase among several that are held against each other; what it gave is kept for a run that goes on.
+
+    Args:
+        folder: of the run.
+        chosen: the plan.
+        number: of the phase.
+        bench: what phases work on.
+        head: that training starts from, but where it starts from random weights.
+        track: as for `train_phases`.
+    """
+    phase, file = chosen.phases[number], folder.path / TRAINED.format(number)
+    assert isinstance(phase, Train)
+    head = head if phase.start == "pretrained" else None
+    bench.world.wait()  # until the first process has written what came before
+    known, described = checkpoints.recall(file), json.loads(json.dumps(dataclasses.asdict(phase)))
+    if known is not None and known.facts["phase"] == described:
+        adapted = bench.begin(phase, head)
+        weights.put(adapted, known.tensors)
+        return Trained(adapted, chosen, known.facts["training"])
+    trained = train_phases(folder, chosen, bench, head, track, [number])
+    facts = [facts for facts in trained.facts if facts["phase"] == number]
+    bench.world.wait()  # until all have what they read of the folder
+    if folder.writes:
+        state = trained.adapted.state_dict()
+        checkpoints.keep(file, Checkpoint(state, {"phase": described, "training": facts}))
+        for activations in folder.path.glob(f"activations-{number}-*.npy"):
+            activations.unlink()  # up to gigabytes, and of no use any more
+    return dataclasses.replace(trained, facts=facts)
+
+
+def train_phases(
+    folder: RunFolder,
+    chosen: Plan,
+    bench: Bench,
+    head: FittedHead | None,
+    track: Any,
+    numbers: Sequence[int] = (),
+) -> Trained:
+    """Training phases of a plan, from the folder's checkpoint where there is one.
 
     Args:
         folder: of the run.
@@ -236,17 +295,19 @@ def train_phases(folder: RunFolder, chosen: Plan, bench: Bench, head: FittedHead
         bench: what phases work on.
         head: that a fitted phase gave; None: a new one.
         track: wraps the steps and epochs to show progress; called with them and their number.
+        numbers: of the phases; none: all.
     """
-    numbers = [number for number, phase in enumerate(chosen.phases) if isinstance(phase, Train)]
+    numbers = numbers or list_trainings(chosen)
     checkpoint = checkpoints.read(folder.path)
-    done = (-1, -1, 0)  # phase, epochs and steps
-    if checkpoint is not None:
+    done = (numbers[0] - 1, sys.maxsize, 0)  # phase, epochs and steps: all that came before
+    if checkpoint is not None and checkpoint.facts["phase"] <= numbers[-1]:
         done = checkpoint.facts["phase"], checkpoint.facts["state"]["epoch"], checkpoint.facts["state"]["step"]
-        log.info("going on after epoch %d, step %d", max(0, done[1]), done[2])
-        del checkpoint  # several times the model's size
+        if done[0] in numbers:
+            log.info("going on after epoch %d, step %d", max(0, done[1]), done[2])
+    del checkpoint  # several times the model's size
     adapted: Adapted | None = None
     with open_history(folder, done, chosen) as history:
-        for number in numbers[numbers.index(done[0]) if done[0] >= 0 else 0 :]:
+        for number in (number for number in numbers if number >= done[0]):
             phase = chosen.phases[number]
             assert isinstance(phase, Train)
             adapted = bench.begin(phase, head) if adapted is None else adapted
@@ -261,9 +322,12 @@ def train_phases(folder: RunFolder, chosen: Plan, bench: Bench, head: FittedHead
             for record in track(training.run(), training.count_left()):
                 history.add(record)
     assert adapted is not None
-    parameters = count_all(adapted)
-    # From the history: what was trained before a kill counts too.
-    return Trained(adapted, chosen, [{**facts, "parameters": parameters} for facts in summarise(folder.path)])
+    return Trained(adapted, chosen, _summarise(folder, adapted))
+
+
+def _summarise(folder: RunFolder, adapted: Adapted) -> list[dict[str, Any]]:
+    """What phases came to, from the history: what was trained before a kill counts too."""
+    return [{**facts, "parameters": count_all(adapted)} for facts in summarise(folder.path)]
 
 
 def count_all(model: nn.Module) -> int:

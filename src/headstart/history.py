@@ -116,7 +116,9 @@ def read(file: Path) -> list[Row]:
 
 
 def summarise(folder: Path) -> list[Row]:
-    """What each phase of a run came to: its best epoch and the figures there, its epochs, parameters and seconds."""
+    """What each phase of a run came to: its best epoch and the figures there, the log-loss on select after each epoch,
+    the start's first, how many numbers were trained, and seconds.
+    """
     epochs = [row for row in read(folder / NAME) if "step" not in row]
     phases = [[row for row in epochs if row["phase"] == phase] for phase in sorted({row["phase"] for row in epochs})]
     summaries = []
@@ -124,9 +126,11 @@ def summarise(folder: Path) -> list[Row]:
         best = next((row for row in reversed(rows) if row["best"]), rows[0])
         summaries.append(
             {
+                "phase": rows[0]["phase"],
                 "best_epoch": best["epoch"],
                 "select": best["select"],
                 "epochs": rows[-1]["epoch"],
+                "log_losses": [row["select"]["log_loss"] for row in rows],
                 "trainable": rows[-1]["trainable"],
                 "seconds": round(sum(row["seconds"] for row in rows), 1),
             }

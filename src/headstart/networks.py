@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from headstart import backbones, plan
+from headstart import backbones, strategies
 from headstart import config as configs
 from headstart.backbones import Backbone, Located
 from headstart.config import RunConfig
+from headstart.verdicts import FINAL
 from headstart.zoo import Spec
 
 if TYPE_CHECKING:
@@ -34,8 +35,9 @@ class Network:
 def find_network(config: RunConfig) -> Network:
     """The network of the settings; weights that do not fit are found before long work."""
     name, file = config.model.backbone, config.model.weights
-    taps = tuple(filter(None, (tap.strip() for tap in config.model.taps.split(","))))
-    wanted = functools.partial(Spec.adapted, size=config.model.size, fit=config.model.fit, taps=taps)
+    taps = strategies.read_taps(config)
+    views = () if strategies.trains(config) or strategies.gathers_evidence(config) else strategies.read_views(config)
+    wanted = functools.partial(Spec.adapted, size=config.model.size, fit=config.model.fit, taps=taps, views=views)
     if config.train.strategy == "scratch":
         untrained = backbones.untrained(name, config.train.seed, file)
         untrained = Backbone.of(wanted(untrained.spec), untrained.network)
@@ -49,16 +51,18 @@ def find_network(config: RunConfig) -> Network:
         _ = load().network
     elif not located.packaged:
         load()
-    if taps or not plan.gathers_evidence(config):
+    if not strategies.gathers_evidence(config):
         return Network(located.spec, load)
-    depths = _recall_depths(located, load, config)
-    spec = located.spec.adapted(taps=depths.taps)
+    depths = _find_depths(located, load, config)
+    spec = located.spec.adapted(taps=() if depths.taps == (FINAL,) else depths.taps)
     return Network(spec, functools.cache(lambda: Backbone(spec, load().state_dict())), depths)
 
 
-def _recall_depths(located: Located, load: Callable[[], Backbone], config: RunConfig) -> Depths:
+def _find_depths(located: Located, load: Callable[[], Backbone], config: RunConfig) -> Depths:
     from headstart import evidence
 
+    if config.model.taps.strip():
+        return evidence.Depths(strategies.read_taps(config) or (FINAL,))
     chosen = config.train.cache
     folder = configs.cache_folder() if chosen == "auto" else Path(chosen)
     return evidence.recall_depths(located.spec, load, None if chosen == "none" else folder / "depths")

@@ -27,8 +27,10 @@ from headstart.fitting import Trained
 from headstart.heads import FittedHead
 from headstart.images import View
 from headstart.model import Classifier
-from headstart.plan import Choose, FitHead, Plan, Strategy, Train
+from headstart.plan import Choose, FitHead, Phase, Plan, Train
 from headstart.runs import RunFolder
+from headstart.strategies import Strategy
+from headstart.verdicts import can_win
 
 
 def carry_out(
@@ -51,20 +53,35 @@ def carry_out(
 
     if not isinstance(first, FitHead):
         trained = fitting.train_phases(folder, chosen, bench, None, track)
-        return fitting.finish(bench, trained.adapted, trained.describe(bench, None)), trained.plan
+        return fitting.finish(bench, trained.adapted, trained.describe(bench, None), last_of(chosen)), trained.plan
     head = start = fit_head(fit if chosen.trains else both, first)
     if not chosen.trains:
         return fitting.settle_head(bench, head, both), chosen
     if head.kind == "knn":  # has no weights to go on from
         start = fit_head(fit, dataclasses.replace(first, heads=tuple(kind for kind in first.heads if kind != "knn")))
-    trained = fitting.train_phases(folder, chosen, bench, start, track)
     if not chosen.chooses:
-        return fitting.finish(bench, trained.adapted, trained.describe(bench, head)), trained.plan
-    arm, model, ended = decide(bench, trained, head, start, groups)
+        trained = fitting.train_phases(folder, chosen, bench, start, track)
+        return fitting.finish(bench, trained.adapted, trained.describe(bench, head), last_of(chosen)), trained.plan
+    arms, trainings, chosen = compete(folder, chosen, bench, head, start, track)
+    arm, ended = decide(bench, chosen, arms, trainings, groups)
     folder.write_json("plan.json", ended.to_json())
-    if arm.share:
-        return fitting.finish(bench, model, trained.describe(bench, start), arm.views), ended
-    return fitting.settle_head(bench, fit_head(both, first), both), ended
+    if not arm.share:
+        return fitting.settle_head(bench, fit_head(both, first), both), ended
+    phase, trained = find_training(chosen, arm.number), trainings[arm.number]
+    model = interpolate(bench.begin(phase, start), trained.adapted, arm.share) if arm.share < 1 else trained.adapted
+    return fitting.finish(bench, model, trained.describe(bench, start), phase, arm.views), ended
+
+
+def find_training(chosen: Plan, number: int) -> Train:
+    """The training phase with a number."""
+    phase = chosen.phases[number]
+    assert isinstance(phase, Train)
+    return phase
+
+
+def last_of(chosen: Plan) -> Train:
+    """A plan's last training phase."""
+    return find_training(chosen, fitting.list_trainings(chosen)[-1])
 
 
 ERRORS, WORTH = 2.0, 0.01  # standard errors, and share of the log-loss, that a dearer arm must gain
@@ -75,17 +92,21 @@ class Arm:
     """A model as some pictures found it.
 
     Args:
+        number: of the phase that trained it.
+        name: of what was trained.
         share: of the way from the fitted head's weights to the trained ones; 0: the fitted head.
         views: of pictures, that its answers are averaged over.
         losses: log-loss of each picture, calibrated, (n,).
     """
 
+    number: int
+    name: str
     share: float
     views: tuple[View, ...]
     losses: NDArray[np.float64]
 
     def __str__(self) -> str:
-        name = "the fitted head" if not self.share else f"trained further, {self.share:.0%} of the way"
+        name = f"{self.name} trained, {self.share:.0%} of the way" if self.share else self.name
         return f"{name}{', and mirror images' if len(self.views) > 1 else ''}: log-loss {self.losses.mean():.3f}"
 
 
@@ -107,45 +128,73 @@ def interpolate(start: Adapted, end: Adapted, share: float) -> Adapted:
     return between
 
 
-def weigh(bench: Bench, head: FittedHead, start: Adapted, trained: Adapted, phase: Choose) -> tuple[Arm, ...]:
-    """The fitted head and all that it is held against, on the select pictures.
+def compete(
+    folder: RunFolder, chosen: Plan, bench: Bench, head: FittedHead, start: FittedHead, track: Any
+) -> tuple[list[Arm], dict[int, Trained], Plan]:
+    """(the fitted head and all that it is held against, on the select pictures; trainings by number; the plan).
+
+    Args:
+        folder: of the run.
+        chosen: the plan.
+        bench: what phases work on.
+        head: the fitted head.
+        start: what training begins from: this head, or another where it has no weights.
+        track: wraps the steps and epochs of training to show progress; called with them and their number.
+    """
+    samples, views = bench.dataset.of_role("select"), bench.backbone.spec.views
+    rows, trainings = bench.rows(samples).reshape(len(samples), -1), {}
+    arms = [Arm(0, "the fitted head", 0.0, views, _losses(bench, head.module, rows, samples, views))]
+    plain = _losses(bench, head.module, rows[:, : rows.shape[1] // len(views)], samples, ("plain",))
+    (target,) = bench.world.tell([float(plain.mean())])
+    chosen = dataclasses.replace(chosen, phases=tuple(_aim(phase, target) for phase in chosen.phases))
+    for number in fitting.list_trainings(chosen):
+        trainings[number] = fitting.train_arm(folder, chosen, number, bench, start, track)
+        arms += weigh(bench, chosen, number, start, trainings[number].adapted)
+    return arms, trainings, chosen
+
+
+def _aim(phase: Phase, target: float) -> Phase:
+    """A phase with the log-loss to come near, where that is not the one that it starts with."""
+    if isinstance(phase, Train) and phase.start == "random":
+        return dataclasses.replace(phase, target=target)
+    return phase
+
+
+def weigh(bench: Bench, chosen: Plan, number: int, start: FittedHead, trained: Adapted) -> list[Arm]:
+    """What a training made and what lies between its start and that, on the select pictures.
 
     Args:
         bench: what phases work on.
-        head: the fitted head.
-        start: what training began from: this head, or another where it has no weights.
-        trained: what training made of that.
-        phase: what is held against it.
+        chosen: the plan.
+        number: of the training phase.
+        start: the head that training began from.
+        trained: what training made of it.
     """
-    samples = bench.dataset.of_role("select")
-    rows, plain = bench.rows(samples), bench.backbone.spec
-    arms = [_measure(bench, head.module, rows.reshape(len(rows), -1), samples, 0.0, plain.views)]
-    every = max(phase.views, key=len)
-    for share in phase.shares:
-        model = interpolate(start, trained, share)
-        seen = Backbone.of(plain.adapted(views=every), model.backbone)
+    phase, last, samples = find_training(chosen, number), chosen.phases[-1], bench.dataset.of_role("select")
+    assert isinstance(last, Choose)
+    every, arms = max(last.views, key=len), []
+    between = phase.start == "pretrained"  # nothing lies between random weights and others
+    begun = bench.begin(phase, start) if between else trained
+    for share in last.shares if between else (1.0,):
+        model = interpolate(begun, trained, share)
+        seen = Backbone.of(bench.backbone.spec.adapted(views=every), model.backbone)
         matrix = embed(seen, bench.album(samples), bench.device, bench.precision, bench.world)
-        width, last = matrix.shape[1] // len(every), copy.deepcopy(model.head).cpu()
-        arms += [
-            _measure(bench, last, matrix[:, : width * len(views)], samples, share, views)
-            for views in phase.views  # each is the first of all of them
-        ]
-    return tuple(arms)
+        width, module = matrix.shape[1] // len(every), copy.deepcopy(model.head).cpu()
+        for views in last.views:  # each is the first of all of them
+            losses = _losses(bench, module, matrix[:, : width * len(views)], samples, views)
+            arms.append(Arm(number, phase.name, share, views, losses))
+    return arms
 
 
-def _measure(
-    bench: Bench,
-    head: nn.Module,
-    matrix: NDArray[np.float32],
-    samples: Sequence[Sample],
-    share: float,
-    views: tuple[View, ...],
-) -> Arm:
+def _losses(
+    bench: Bench, head: nn.Module, matrix: NDArray[np.float32], samples: Sequence[Sample], views: tuple[View, ...]
+) -> NDArray[np.float64]:
+    """The log-loss of each picture by a head on its features (n, views x dim), calibrated."""
     logits = answer(head, matrix, len(views))
     targets, multi = evaluation.encode(samples, bench.dataset.classes), bench.dataset.task == "multi"
     found = targets if multi else targets.argmax(1)
     temperature, _ = metrics.find_temperature(logits, found, multi)
-    return Arm(share, views, metrics.losses_of(logits / temperature, found, multi))
+    return metrics.losses_of(logits / temperature, found, multi)
 
 
 def choose(arms: Sequence[Arm], groups: Sequence[str]) -> tuple[Arm, str]:
@@ -181,29 +230,44 @@ def _gain(gains: NDArray[np.float64], groups: Sequence[str]) -> tuple[float, flo
 
 
 def decide(
-    bench: Bench, trained: Trained, head: FittedHead, start: FittedHead, groups: Mapping[str, str]
-) -> tuple[Arm, Adapted, Plan]:
-    """(the arm to take, its model, the plan with the reasons); the first process decides for all.
+    bench: Bench, chosen: Plan, arms: Sequence[Arm], trainings: Mapping[int, Trained], groups: Mapping[str, str]
+) -> tuple[Arm, Plan]:
+    """(the arm to take, the plan with the reasons); the first process decides for all.
 
     Args:
         bench: what phases work on.
-        trained: what training made of a fitted head.
-        head: the fitted head.
-        start: the one that training began from.
+        chosen: the plan.
+        arms: the fitted head, and all that it is held against.
+        trainings: what was trained, by the phase's number.
         groups: source -> group, of what must stay together.
     """
-    *_, phase, last = trained.plan.phases
-    assert isinstance(phase, Train) and isinstance(last, Choose)
-    begun = bench.begin(phase, start)
-    arms = weigh(bench, head, begun, trained.adapted, last)
     sources = [sample.source for sample in bench.dataset.of_role("select")]
     taken, why = choose(arms, [groups.get(source, source) for source in sources])
-    (number,) = bench.world.tell([arms.index(taken)])
-    arm = arms[number]
-    reasons = [*trained.plan.reasons, *map(str, arms)]
-    epochs = trained.facts[-1]["epochs"]
-    if epochs < phase.settings.epochs:
-        reasons.append(f"stopped after {epochs} of {phase.settings.epochs} epochs: another would have taken too long")
-    strategy: Strategy = "lp-ft" if arm.share else "probe"
-    ended = dataclasses.replace(trained.plan, strategy=strategy, reasons=(*reasons, why))
-    return arm, interpolate(begun, trained.adapted, arm.share), ended
+    (place,) = bench.world.tell([arms.index(taken)])
+    arm, reasons = arms[place], [*chosen.reasons, *map(str, arms)]
+    for number, trained in trainings.items():
+        phase, (facts,) = find_training(chosen, number), trained.facts
+        epochs, most = facts["epochs"], phase.settings.epochs
+        if epochs < most:
+            cause = _find_cause(phase, facts["log_losses"], epochs - facts["best_epoch"])
+            reasons.append(f"{phase.name}: stopped after {epochs} of {most} epochs, {cause}")
+    strategy: Strategy = "probe"
+    if arm.share:
+        strategy = "lp-ft" if find_training(chosen, arm.number).start == "pretrained" else "scratch"
+    return arm, dataclasses.replace(chosen, strategy=strategy, reasons=(*reasons, why))
+
+
+def _find_cause(phase: Train, losses: Sequence[float], since: int) -> str:
+    """Why a training ended before its last epoch.
+
+    Args:
+        phase: what was trained.
+        losses: on the select pictures after each epoch, the start's first.
+        since: epochs since the best one.
+    """
+    settings = phase.settings
+    if 0 < settings.patience <= since:
+        return f"none was better for {since}"
+    if not can_win(losses, settings.epochs, losses[0] if phase.target is None else phase.target):
+        return "they could not win any more"
+    return "another would have taken too long"

@@ -8,18 +8,36 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from headstart.config import AUTOMATIC_AUGMENT, EngineConfig, RunConfig, TrainConfig
+from headstart.config import AUTOMATIC_AUGMENT, EngineConfig, RunConfig
 from headstart.data import Task
 from headstart.errors import UsageError
+from headstart.strategies import (
+    Strategy,
+    check,
+    is_still,
+    may_train_further,
+    name_strategy,
+    read_shares,
+    read_taps,
+    read_views,
+    trains,
+)
 from headstart.verdicts import (
     FINAL,
+    LEAST_EPOCHS,
+    SCRATCH_EPOCHS,
+    SCRATCH_LEAST,
+    TUNED_EPOCHS,
     Evidence,
     Outlook,
+    can_gain,
+    choose_length,
     choose_variant,
+    choose_views,
     describe_evidence,
-    is_mirror_worth,
-    read_time,
-    weigh_tuning,
+    find_boundary,
+    is_scratch_worth_trying,
+    weigh_time,
 )
 
 if TYPE_CHECKING:
@@ -28,7 +46,6 @@ if TYPE_CHECKING:
 HEADS = ("logistic", "svm", "means", "knn")
 DEEP_HEADS = ("logistic", "means")  # on features of several depths: the others take long and were never the best
 KNN_PICTURES = 20_000  # with more, a model that holds all training features is no longer small
-Strategy = Literal["probe", "finetune", "lp-ft", "two-stage", "scratch"]
 
 
 @dataclass(frozen=True)
@@ -43,17 +60,30 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class Pace:
+    """The layout in which something is trained fastest here, and how fast."""
+
+    layout: Layout
+    seconds: float  # of a training step, for each of its pictures
+    name: str = ""  # of what is trained
+
+
+@dataclass(frozen=True)
 class Timing:
     """How fast weights are trained here; measured once, so that an interrupted run goes on as it began."""
 
-    layout: Layout  # the fastest
-    step_seconds: float  # of a training step in it, for each picture
-    seconds_left: float | None = None  # of the time budget, when it was measured
+    paces: tuple[Pace, ...] = ()
+    seconds_left: float | None = None  # of the time budget, after they were measured
+
+    def pace(self, name: str) -> Pace | None:
+        """How fast something is trained; None where that was not measured."""
+        return next((pace for pace in self.paces if pace.name == name), None)
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> Timing:
         """The timing in a plan's JSON values."""
-        return Timing(**{**values, "layout": Layout(**values["layout"])})
+        paces = (Pace(**{**pace, "layout": Layout(**pace["layout"])}) for pace in values["paces"])
+        return Timing(tuple(paces), values["seconds_left"])
 
 
 @dataclass(frozen=True)
@@ -68,7 +98,7 @@ class Situation:
     folds: int  # that the smallest class and the groups allow
     device: str
     precision: str  # of features and predictions
-    timing: Timing | None = None  # where weights are trained
+    timing: Timing = Timing()
     evidence: Evidence | None = None  # where it was gathered
 
 
@@ -92,15 +122,18 @@ class Train:
     start: Literal["pretrained", "random"] = "pretrained"
     on: Literal["pictures", "features"] = "pictures"  # features: those of the cache, for a head alone
     seconds: float | None = None  # that epochs may take together: none is begun that would take longer
-    keeps_start: bool = (
-        True  # where no epoch is better; else the best epoch is kept, to be held against the start later
-    )
+    # Where no epoch is better. Else the best epoch is kept, to be held against the start later, and none is begun that
+    # cannot come near the target: a log-loss on select, None for that of the start.
+    keeps_start: bool = True
+    target: float | None = None
+    views: tuple[View, ...] = ("plain",)  # of pictures, that predictions are averaged over
+    name: str = ""  # of what is trained, where several things are and one is taken
     phase: Literal["train"] = "train"
 
 
 @dataclass(frozen=True)
 class Choose:
-    """A phase: of the fitted head, what training made of it and what lies between, the best on the select pictures."""
+    """A phase: of the fitted head, what each training made and what lies between, the best on the select pictures."""
 
     shares: tuple[float, ...]  # of the way from the fitted head's weights to the trained ones; 1: all of it
     views: tuple[tuple[View, ...], ...]  # of pictures, that predictions are averaged over
@@ -119,7 +152,13 @@ class Plan:
     precision: str
     phases: tuple[Phase, ...]
     reasons: tuple[str, ...]
-    timing: Timing | None = None
+    timing: Timing = Timing()
+
+    @property
+    def unmeasured(self) -> Train | None:
+        """The first phase whose pace is not known yet, of several of one name the last."""
+        phases = {phase.name: phase for phase in self.phases if isinstance(phase, Train) and phase.on == "pictures"}
+        return next((phase for name, phase in phases.items() if self.timing.pace(name) is None), None)
 
     @property
     def trains(self) -> bool:
@@ -136,33 +175,6 @@ class Plan:
         return asdict(self)
 
 
-def trains(config: RunConfig) -> bool:
-    """Whether the settings ask for weights to be trained by gradient, which needs pictures to choose by."""
-    return config.train.strategy not in ("auto", "probe") or config.engine.head != "linear"
-
-
-def gathers_evidence(config: RunConfig) -> bool:
-    """Whether depths and views are chosen by evidence: where the strategy is, and no head is asked for by name."""
-    return config.train.strategy == "auto" and not trains(config) and not config.model.taps
-
-
-def may_train(config: RunConfig) -> bool:
-    """Whether weights are trained, or may be where evidence is for it: pictures to choose by are needed."""
-    return trains(config) or (gathers_evidence(config) and read_time(config.train.time_budget) > 0)
-
-
-def needs_features(config: RunConfig) -> bool:
-    """Whether a phase works on the pretrained network's features."""
-    strategy = config.train.strategy
-    return strategy in ("auto", "probe", "lp-ft") or (strategy == "finetune" and _is_still(config.engine))
-
-
-def _is_still(engine: EngineConfig) -> bool:
-    """Whether every epoch sees the same features: nothing of the network is trained, and no picture is varied."""
-    varied = engine.augment != "none" or engine.mixup or engine.cutmix
-    return engine.freeze == "all" and not engine.unfreeze_epochs and not varied
-
-
 def decide(situation: Situation, config: RunConfig) -> Plan:
     """The plan for a situation.
 
@@ -171,105 +183,27 @@ def decide(situation: Situation, config: RunConfig) -> Plan:
     """
     s, auto = situation, config.train.strategy == "auto"
     reasons: list[str] = []
-    strategy: Strategy = "probe" if config.train.strategy == "auto" else config.train.strategy
-    _check(s, strategy, config)
+    strategy = name_strategy(config)
+    check(s.task, config)
     phases: list[Phase] = []
     if strategy == "lp-ft" or not trains(config):
         phases.append(_plan_head(s, config, linear=strategy == "lp-ft", reasons=reasons))
     if trains(config):
-        phases += _plan_training(s, strategy, config.engine, reasons)
+        phases += _plan_training(s, strategy, config, reasons)
     elif s.evidence is not None:
-        phases = _plan_tuning(s, s.evidence, config, phases, reasons)
+        phases += _plan_further(s, s.evidence, config, phases[0], reasons)
     trained = any(isinstance(phase, Train) for phase in phases)
     if s.select and not trained:
         reasons.append(f"nothing is left to choose on the {s.select} select pictures: heads are fitted on them too")
-    found = "probe, which trains no weight of the network" if not trained else "probe, and lp-ft held against it"
+    found = (
+        "probe, which trains no weight of the network" if not trained else "probe, and training further held against it"
+    )
     reasons.insert(0, f"strategy auto: {found}" if auto else f"strategy {strategy}: as set")
     why = "the fastest format that this processor computes in" if config.model.precision == "auto" else "as set"
     reasons.append(f"{s.precision} on {s.device}: {why}")
-    timing = s.timing if trained or (s.timing is not None and s.timing.seconds_left is not None) else None
-    return Plan(strategy, s.device, s.precision, tuple(phases), tuple(reasons), timing)
-
-
-def _check(situation: Situation, strategy: Strategy, config: RunConfig) -> None:
-    engine = config.engine
-    if config.train.time_budget != TrainConfig().time_budget and not gathers_evidence(config):
-        why = f"has no effect with strategy {strategy}" + (" and --taps" if config.model.taps else "")
-        raise UsageError("time_budget", why, "Leave it out, or give --strategy auto alone.")
-    if config.train.heads and trains(config) and strategy != "lp-ft":
-        why = f"has no effect with strategy {strategy} and --head {engine.head}: no head is fitted on features"
-        raise UsageError("heads", why, "Leave --head out." if strategy == "probe" else "Give --strategy probe.")
-    if situation.task == "multi" and engine.loss in ("cross-entropy", "nll"):
-        raise UsageError("loss", f"{engine.loss} is for one label a picture", "Give bce-with-logits or focal.")
-    if strategy == "lp-ft" and engine.head != "linear":
-        why = f"lp-ft fits a linear head first, and --head is {engine.head}"
-        raise UsageError("strategy", why, "Give --strategy two-stage, which trains any head first.")
-    if strategy == "probe":
-        _check_probe(config)
-    if strategy == "scratch" and engine.freeze:
-        raise UsageError("freeze", "freezes random weights", "Leave it out, or give another --strategy.")
-    if trains(config):
-        _check_company(strategy, engine)
-
-
-# Settings that have an effect beside certain others only.
-_COMPANY = {
-    "momentum": ("optimizer", ("sgd",)),
-    "warmup_epochs": ("schedule", ("cosine",)),
-    "step_epochs": ("schedule", ("step",)),
-    "step_factor": ("schedule", ("step",)),
-    "focal_gamma": ("loss", ("focal",)),
-    "hidden": ("head", ("mlp", "batch-norm")),
-    "dropout": ("head", ("mlp", "batch-norm")),
-}
-
-
-def _check_company(strategy: Strategy, engine: EngineConfig) -> None:
-    """Nothing that is set goes unheeded."""
-    default = EngineConfig()
-    changed = {f.name for f in dataclasses.fields(engine) if getattr(engine, f.name) != getattr(default, f.name)}
-    for name, (other, values) in _COMPANY.items():
-        if name in changed and getattr(engine, other) not in values:
-            why = f"has no effect with {other} {getattr(engine, other)}"
-            raise UsageError(name, why, f"Leave it out, or give --{other} {' or '.join(values)}.")
-    for name in ("head_epochs", "head_rate"):
-        if name in changed and strategy != "two-stage":
-            raise UsageError(name, f"has no effect with strategy {strategy}", "Give --strategy two-stage.")
-    if engine.cached_views and (not engine.freeze or engine.unfreeze_epochs or engine.mixup or engine.cutmix):
-        why = "keeps what frozen blocks give, and needs --freeze without unfreezing, mixup or cutmix"
-        raise UsageError("cached_views", why, "Give --freeze, a number of blocks or a name, or leave it out.")
-    if engine.unfreeze_epochs and not engine.freeze:
-        raise UsageError("unfreeze_epochs", "has no effect where nothing is frozen", "Give --freeze all, or a block.")
-    rates = [entry.partition("=")[2].strip() for entry in engine.rates.split(",") if entry.strip()]
-    if engine.find_lr and (engine.learning_rate or any(rate.lower().strip("0.e-+") for rate in rates)):
-        why = "finds the rate that all others follow, and rates are given"
-        raise UsageError("find_lr", why, "Leave one of them out; rates of 0, which freeze, may stay.")
-
-
-def _check_probe(config: RunConfig) -> None:
-    """Nothing that is set goes unheeded: a fitted head has no use for the engine's settings, a trained one for some."""
-    engine, default = config.engine, EngineConfig()
-    changed = [f.name for f in dataclasses.fields(engine) if getattr(engine, f.name) != getattr(default, f.name)]
-    if gathers_evidence(config):
-        changed = [name for name in changed if name != "symmetry"]
-        if read_time(config.train.time_budget):
-            _check_tuning(engine, changed)
-            return
-    of_pictures = ("augment", "symmetry", "mixup", "cutmix", "freeze", "rates", "unfreeze_epochs", "batch_norm")
-    of_stages = ("head_epochs", "head_rate", "layer_decay")
-    idle = changed if engine.head == "linear" else [name for name in changed if name in of_pictures + of_stages]
-    if idle and not (idle == ["augment"] and engine.augment == "none"):
-        why = "has no effect with strategy probe, which leaves the network as it is"
-        raise UsageError(", ".join(idle), why, "Give --strategy finetune, lp-ft, two-stage or scratch.")
-
-
-def _check_tuning(engine: EngineConfig, changed: list[str]) -> None:
-    """The last blocks are trained as the settings say, on kept activations."""
-    _check_company("lp-ft", engine)
-    for name in ("unfreeze_epochs", "mixup", "cutmix", "find_lr"):
-        if name in changed:
-            why = "does not go with --time-budget, under which activations of frozen blocks are kept"
-            raise UsageError(name, why, "Leave one of them out, or give --strategy lp-ft.")
+    if config.model.views != "auto":
+        reasons.append(f"views {config.model.views}: as set")
+    return Plan(strategy, s.device, s.precision, tuple(phases), tuple(reasons), s.timing)
 
 
 def _plan_head(s: Situation, config: RunConfig, linear: bool, reasons: list[str]) -> FitHead:
@@ -291,13 +225,14 @@ def _plan_head(s: Situation, config: RunConfig, linear: bool, reasons: list[str]
         cause = f"the smallest class has {s.smallest_class}" if s.smallest_class <= s.folds else "groups allow no more"
         reasons.append(f"{s.folds} folds instead of {config.train.folds}: {cause}")
     if s.evidence is None:
-        return FitHead(heads, s.folds)
+        return FitHead(
+            heads, s.folds, read_taps(config) or (FINAL,), ("plain",) if trains(config) else read_views(config)
+        )
     variant = choose_variant(s.evidence.variants)
-    mirrored = s.evidence.mirror is not None and is_mirror_worth(s.evidence.mirror)
     reasons += describe_evidence(s.evidence)
     if variant.taps != (FINAL,):
         heads = tuple(head for head in heads if head in DEEP_HEADS) or heads
-    return FitHead(heads, s.folds, variant.taps, ("plain", "mirror") if mirrored else ("plain",))
+    return FitHead(heads, s.folds, variant.taps, choose_views(s.evidence.mirror, config.model.views))
 
 
 def _read_heads(text: str, task: Task, linear: bool) -> tuple[str, ...]:
@@ -310,17 +245,18 @@ def _read_heads(text: str, task: Task, linear: bool) -> tuple[str, ...]:
     return heads
 
 
-def _plan_training(s: Situation, strategy: Strategy, engine: EngineConfig, reasons: list[str]) -> list[Phase]:
-    layout = s.timing.layout if s.timing is not None else UNMEASURED
-    settings = settle(s, strategy, engine)
+def _plan_training(s: Situation, strategy: Strategy, config: RunConfig, reasons: list[str]) -> list[Phase]:
+    pace, views = s.timing.pace(""), read_views(config)
+    layout = pace.layout if pace is not None else UNMEASURED
+    settings = settle(s, strategy, config.engine)
     reasons.append(f"the best of {settings.epochs} epochs by {settings.best_by} on {s.select} select pictures")
     reasons.append(f"{settings.optimizer}, learning rate {settings.learning_rate:g}, {settings.batch_size} a batch")
     start: Literal["pretrained", "random"] = "random" if strategy == "scratch" else "pretrained"
-    if strategy == "probe" or (strategy in ("finetune", "lp-ft") and _is_still(settings)):
+    if strategy == "probe" or (strategy in ("finetune", "lp-ft") and is_still(settings)):
         reasons.append("only the head is trained, and pictures are not varied: on features, computed once")
-        return [Train(settings, layout, start, "features")]
+        return [Train(settings, layout, start, "features", views=views)]
     reasons.append(f"training in {layout}")
-    last = Train(settings, layout, start)
+    last = Train(settings, layout, start, views=views)
     if strategy != "two-stage":
         return [last]
     first = dataclasses.replace(
@@ -339,40 +275,75 @@ def _plan_training(s: Situation, strategy: Strategy, engine: EngineConfig, reaso
     return [Train(first, layout, start), last]
 
 
-def _plan_tuning(
-    s: Situation, evidence: Evidence, config: RunConfig, phases: list[Phase], reasons: list[str]
-) -> list[Phase]:
-    """What follows the fitted head under `auto`: the last blocks trained on kept activations, where that may pay."""
-    budget = read_time(config.train.time_budget)
-    if not budget:
+def _plan_further(s: Situation, evidence: Evidence, config: RunConfig, first: Phase, reasons: list[str]) -> list[Phase]:
+    """What follows the fitted head under `auto`, cheap things first, as far as it may pay and there is time."""
+    if not may_train_further(config):
         reasons.append("not trained further: that is tried where a --time-budget is given, such as 5m")
-        return phases
-    timing = s.timing or Timing(UNMEASURED, 0.0, budget)
-    (head,) = phases
-    assert isinstance(head, FitHead)
-    left = math.inf if timing.seconds_left is None else timing.seconds_left
-    outlook = Outlook(s.pictures - s.select, s.select, timing.step_seconds, left)
-    epochs, why = weigh_tuning(evidence, outlook)
-    if head.heads == ("knn",):
-        epochs, why = 0, "not trained further: kNN has no weights"
-    reasons.append(why)
-    if not epochs:
-        return phases
-    engine = config.engine
-    every = max((variant.taps for variant in evidence.variants), key=len)
-    engine = dataclasses.replace(
-        engine,
-        epochs=min(epochs, engine.epochs or epochs),
-        learning_rate=engine.learning_rate or TUNED_RATE,
-        freeze=engine.freeze or every[0],
-        cached_views=engine.cached_views or TUNED_VIEWS,
-    )
-    settings = settle(dataclasses.replace(s, pictures=outlook.pictures), "lp-ft", engine)
-    seconds = None if timing.seconds_left is None else max(0.0, timing.seconds_left - outlook.take(0))
-    views: tuple[tuple[View, ...], ...] = (("plain",),)
-    if engine.symmetry != "none":
-        views += (("plain", "mirror"),)
-    return [head, Train(settings, timing.layout, seconds=seconds, keeps_start=False), Choose(SHARES, views)]
+        return []
+    possible, why = can_gain(evidence, s.select)
+    if isinstance(first, FitHead) and first.heads == ("knn",):
+        possible, why = False, "not trained further: kNN has no weights"
+    if not possible:
+        reasons.append(why)
+        return []
+    learned = dataclasses.replace(s, pictures=s.pictures - s.select)
+    left = math.inf if s.timing.seconds_left is None else s.timing.seconds_left
+    phases: list[Train] = []
+    pace = Pace(UNMEASURED, 0.0)
+    for phase, least in _list_trainings(learned, evidence, config.engine, reasons):
+        # What was not measured yet is dearer than what was: it is measured where there is ample time for it.
+        pace = s.timing.pace(phase.name) or Pace(UNMEASURED, DEARER * pace.seconds)
+        outlook = Outlook(learned.pictures, s.select, pace.seconds, left)
+        epochs, why = weigh_time(phase.name, outlook, phase.settings.epochs, least)
+        reasons.append(why)
+        if epochs:
+            settings, seconds = dataclasses.replace(phase.settings, epochs=epochs), outlook.take(epochs)
+            of_epochs = None if math.isinf(left) else seconds - outlook.take(0)
+            phases.append(dataclasses.replace(phase, settings=settings, layout=pace.layout, seconds=of_epochs))
+            left -= seconds
+    views = [read_views(config)] if config.model.views != "auto" or config.engine.symmetry == "none" else list(VIEWS)
+    last = Choose(read_shares(config.train.interpolation), tuple(views))
+    return [*(_give(phase, left / len(phases)) for phase in phases), last] if phases else []
+
+
+def _give(phase: Train, seconds: float) -> Train:
+    """A phase with its share of the time that nobody needs."""
+    return phase if phase.seconds is None else dataclasses.replace(phase, seconds=phase.seconds + seconds)
+
+
+def _list_trainings(
+    s: Situation, evidence: Evidence, engine: EngineConfig, reasons: list[str]
+) -> list[tuple[Train, int]]:
+    """(a phase with as many epochs as it may have, how many it has to have at least), the cheapest first."""
+    freeze = engine.freeze if engine.freeze != "0" else ""
+    boundary, why = find_boundary(evidence, freeze)
+    found = []
+    if boundary:
+        tuned = dataclasses.replace(
+            engine,
+            epochs=engine.epochs or TUNED_EPOCHS,
+            learning_rate=engine.learning_rate or TUNED_RATE,
+            freeze=boundary,
+            cached_views=engine.cached_views or TUNED_VIEWS,
+        )
+        found.append(_offer(s, "the last blocks", "lp-ft", tuned))
+    else:
+        reasons.append(why + (": no views are kept" if engine.cached_views else ""))
+    if freeze:
+        return found
+    whole = dataclasses.replace(engine, epochs=engine.epochs or choose_length(s.pictures), cached_views=0)
+    found.append(_offer(s, "all blocks", "lp-ft", whole))
+    if is_scratch_worth_trying(evidence, s.pictures) and not engine.rates:  # which may keep parts as they are
+        found.append(
+            _offer(s, "all blocks from random weights", "scratch", dataclasses.replace(engine, cached_views=0))
+        )
+    return found
+
+
+def _offer(s: Situation, name: str, strategy: Strategy, engine: EngineConfig) -> tuple[Train, int]:
+    start: Literal["pretrained", "random"] = "random" if strategy == "scratch" else "pretrained"
+    settings, least = settle(s, strategy, engine), SCRATCH_LEAST if strategy == "scratch" else LEAST_EPOCHS
+    return Train(settings, UNMEASURED, start, keeps_start=False, name=name), min(least, settings.epochs)
 
 
 def settle(s: Situation, strategy: Strategy, engine: EngineConfig) -> EngineConfig:
@@ -400,11 +371,12 @@ def _settle_augment(strategy: Strategy, engine: EngineConfig) -> str:
 # Rates for AdamW: the largest of 3e-5, 1e-4, 3e-4 and 1e-3 with which the log-loss on select pictures still fell from
 # epoch to epoch, on photographs and X-rays. A fitted head needs less than a new one: it is right already, and large
 # steps of the body only take it apart (Kumar et al., 2022).
-EPOCHS: dict[Strategy, int] = {"probe": 100, "finetune": 10, "lp-ft": 6, "two-stage": 8, "scratch": 60}
+EPOCHS: dict[Strategy, int] = {"probe": 100, "finetune": 10, "lp-ft": 6, "two-stage": 8, "scratch": SCRATCH_EPOCHS}
 RATES: dict[Strategy, float] = {"probe": 1e-3, "finetune": 3e-4, "lp-ft": 1e-4, "two-stage": 3e-4, "scratch": 2e-3}
 SGD_OVER_ADAM = 10.0
 TUNED_RATE, TUNED_VIEWS = 3e-4, 4  # of the last blocks alone, and the views of each picture that they are shown
-SHARES = (0.25, 0.5, 0.75, 1.0)
+VIEWS: tuple[tuple[View, ...], ...] = (("plain",), ("plain", "mirror"))
+DEARER = 3.0  # a step of what is not measured yet, over that of what is
 UNMEASURED = Layout("float32", False)
 LAYER_DECAY = 0.75  # of the next block's rate; the first of nine blocks learns at a tenth of the head's
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
 T = TypeVar("T")
 
@@ -124,6 +124,18 @@ def speaks_first(rank: int) -> bool:
         return True
     store = distributed.distributed_c10d._get_default_store()
     return bool(store.add("headstart/failed", 1) == 1)
+
+
+def share_statistics(model: nn.Module) -> None:
+    """Let batch norms in training see all processes' pictures, in place; activations that timm keeps in them stay."""
+    import timm.layers
+    from torch import nn
+
+    if any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+        return  # since an earlier epoch; converted once more, they would lose their activations
+    convert: Any = timm.layers.convert_sync_batchnorm  # type: ignore[attr-defined]
+    for name, child in list(model.named_children()):
+        setattr(model, name, convert(child))
 
 
 class Signals:

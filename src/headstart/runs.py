@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,3 +169,21 @@ def _next_folder(data: Path, facts: dict[str, str], config: RunConfig) -> Path:
     if unfinished and not differences(last, facts, config):
         return last.path
     return Path("runs") / f"{name}-{number}"
+
+
+class Clock:
+    """Seconds by part of a run, and what is left of its time budget."""
+
+    def __init__(self, budget: float | None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._start = self._last = time.perf_counter()
+        self._budget = budget
+
+    def left(self) -> float | None:
+        """Seconds left of the budget; None where there is none."""
+        return None if self._budget is None else self._budget - (time.perf_counter() - self._start)
+
+    def mark(self, part: str) -> None:
+        """Book the time since the last mark on a part."""
+        now = time.perf_counter()
+        self.seconds[part], self._last = now - self._last, now

@@ -15,14 +15,26 @@ import os
 import platform
 import shlex
 import sys
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from headstart import archives, checkpoints, compiled, loading, plan, processes, quality, reading, runs, splits, views
+from headstart import (
+    archives,
+    checkpoints,
+    compiled,
+    loading,
+    plan,
+    processes,
+    quality,
+    reading,
+    runs,
+    splits,
+    strategies,
+    views,
+)
 from headstart import config as configs
 from headstart.backbones import Backbone
 from headstart.config import RunConfig
@@ -30,11 +42,11 @@ from headstart.data import Dataset, Sample, count_classes
 from headstart.errors import ConfigError, DataError, RunError
 from headstart.features import Survey, Track
 from headstart.networks import Network, find_network
-from headstart.plan import UNMEASURED, FitHead, Plan, Situation, Timing
+from headstart.plan import FitHead, Plan, Situation, Timing
 from headstart.processes import World
 from headstart.quality import Audit
 from headstart.runs import RunFolder
-from headstart.verdicts import LEAST_SELECT, read_time
+from headstart.verdicts import LEAST_SELECT
 from headstart.views import View
 from headstart.zoo import Spec
 
@@ -95,6 +107,7 @@ def train(
     if resolved.engine.tensorboard:
         _check_tensorboard()
     dataset, path = _read(data, resolved)
+    strategies.check(dataset.task, resolved)
     world = processes.find_world()
     if world.size > 1:
         processes.join(world, views.find_device(resolved, world))
@@ -124,7 +137,7 @@ def _conduct(
     dry_run: bool,
 ) -> Run | Plan:
     """The run, from the first picture to the last file; `metrics.json` comes last and marks it as finished."""
-    clock = _Clock(config)
+    clock = runs.Clock(strategies.read_budget(config))
     view = _look(folder, given, network, config, track, world)
     clock.mark("pictures")
     from headstart import evaluation, phases
@@ -181,7 +194,7 @@ def _write(folder: RunFolder, run: Run, spec: Spec, view: View) -> None:
 def _tidy(folder: RunFolder) -> None:
     """Take away what a run needs only to go on."""
     checkpoints.remove(folder.path)
-    for file in folder.path.glob("activations-*.npy"):
+    for file in (*folder.path.glob("activations-*.npy"), *folder.path.glob("trained-*.safetensors")):
         file.unlink()
 
 
@@ -301,7 +314,7 @@ def _quietly(items: Iterable[T], total: int) -> Iterable[T]:
 def _look(folder: RunFolder, given: Dataset, network: Network, config: RunConfig, track: Track, world: World) -> View:
     """The facts of all pictures, and their features where a phase needs them."""
     spare = folder.path / "cache"
-    if plan.needs_features(config):
+    if strategies.needs_features(config):
         return views.look(given, network.spec, network.load, config, track, spare, world=world)
     return views.without_features(views.survey(given, config, track, spare, world), config, world)
 
@@ -310,16 +323,16 @@ def _deal(given: Dataset, survey: Survey, config: RunConfig) -> tuple[Audit, Dat
     """The audit, and the readable pictures with their roles."""
     audit = quality.inspect(given, survey.digests, survey.facts, survey.unreadable)
     dataset = splits.assign_roles(audit.clean, audit.groups, config.train.report_share, config.train.seed)
-    if plan.may_train(config):
+    if strategies.may_train(config):
         whole = dataset
         dataset = splits.assign_select(dataset, audit.groups, config.train.select_share, config.train.seed)
-        if not plan.trains(config) and not _can_choose(whole, dataset, audit, config):
+        if not strategies.trains(config) and not _can_choose(whole, dataset, audit, config):
             dataset = whole  # heads are fitted on all
         elif not dataset.of_role("select"):
             why = "has too few pictures to keep any to choose by"
             raise DataError(given.root, why, "Add pictures, or give --strategy probe.")
     # What weights are chosen by is not learned from; heads alone are fitted on it too.
-    idle = ("report", "select") if plan.trains(config) else ("report",)
+    idle = ("report", "select") if strategies.trains(config) else ("report",)
     trained = count_classes(sample for sample in dataset.samples if sample.role not in idle)
     for label in dataset.classes:
         if not trained[label]:
@@ -349,7 +362,9 @@ def _weigh(
     from headstart import evidence
 
     if network.depths is None:
-        return evidence.Sight(network.spec, None, view.rows)
+        seen = len(network.spec.views)
+        stack = view.rows if seen == 1 else lambda samples: view.rows(samples).reshape(len(samples), seen, -1)
+        return evidence.Sight(network.spec, None, stack)
     phase = plan.decide(_situate(dataset, audit, config, view), config).phases[0]
     assert isinstance(phase, FitHead)
     fitted = dataset.of_role("fit", "select")
@@ -359,7 +374,8 @@ def _weigh(
         backbone = Backbone(spec, network.load().state_dict())
         return views.look(dataset.with_samples(samples), spec, lambda: backbone, config, track, world=world)
 
-    return evidence.gather(table, network.depths, network.spec, view.rows, look, config.engine.symmetry)
+    wanted = config.engine.symmetry, config.model.views
+    return evidence.gather(table, network.depths, network.spec, view.rows, look, *wanted)
 
 
 def _set_up(dataset: Dataset, network: Network, view: View, sight: Sight, config: RunConfig, world: World) -> Bench:
@@ -383,7 +399,7 @@ def _set_up(dataset: Dataset, network: Network, view: View, sight: Sight, config
 
 def _situate(dataset: Dataset, audit: Audit, config: RunConfig, view: View) -> Situation:
     """The facts that a plan is made from."""
-    trains = plan.trains(config)
+    trains = strategies.trains(config)
     fitted = dataset.of_role("fit") if trains else dataset.of_role("fit", "select")
     return Situation(
         dataset.task,
@@ -398,22 +414,24 @@ def _situate(dataset: Dataset, audit: Audit, config: RunConfig, view: View) -> S
 
 
 def _decide(
-    folder: RunFolder, bench: Bench, audit: Audit, config: RunConfig, view: View, sight: Sight, clock: _Clock
+    folder: RunFolder, bench: Bench, audit: Audit, config: RunConfig, view: View, sight: Sight, clock: runs.Clock
 ) -> Plan:
     """The plan, written; an interrupted run's timing is kept, as another one would end with other bits."""
-    before = (folder.read_json("plan.json") or {}).get("timing")
-    known = bench.world.tell(before or dataclasses.asdict(Timing(UNMEASURED, 0.0, clock.left())))
-    situation = _situate(bench.dataset, audit, config, view)
-    situation = dataclasses.replace(situation, evidence=sight.evidence, timing=Timing.from_json(known))
-    chosen = plan.decide(situation, config)
-    if chosen.trains:
-        from headstart import fitting
+    from headstart import fitting
 
-        fitting.check_settings(bench, chosen)
-        if not known["step_seconds"]:
-            pace = fitting.measure_pace(bench, chosen, config, folder.path)
-            found = bench.world.tell(dataclasses.asdict(Timing(pace.layout, pace.seconds, clock.left())))
-            chosen = plan.decide(dataclasses.replace(situation, timing=Timing.from_json(found)), config)
+    def agree(timing: Timing) -> Timing:
+        return Timing.from_json(bench.world.tell(dataclasses.asdict(timing)))
+
+    before = (folder.read_json("plan.json") or {}).get("timing")
+    timing = agree(Timing.from_json(before) if before else Timing((), clock.left()))
+    situation = _situate(bench.dataset, audit, config, view)
+    situation = dataclasses.replace(situation, evidence=sight.evidence, timing=timing)
+    chosen = plan.decide(situation, config)
+    fitting.check_settings(bench, chosen)
+    while (phase := chosen.unmeasured) is not None:
+        pace = fitting.measure_pace(bench, phase, config, folder.path)
+        timing = agree(Timing((*timing.paces, pace), clock.left()))
+        chosen = plan.decide(dataclasses.replace(situation, timing=timing), config)
     if any(isinstance(phase, FitHead) and not phase.folds for phase in chosen.phases):
         why = "has no class with two pictures or groups for training: none can be held out to choose by"
         raise DataError(bench.dataset.root, why, "Add pictures, or give smaller groups.")
@@ -469,22 +487,3 @@ def _count_seen(folder: RunFolder, survey: Survey) -> int | None:
     here = [path for path in paths if archives.is_file(path)]
     fitted = {archives.digest(path) for path in here}
     return sum(content in fitted for content in survey.digests) if here else None
-
-
-class _Clock:
-    """Seconds by part of a run, and what is left of its time budget."""
-
-    def __init__(self, config: RunConfig) -> None:
-        self.seconds: dict[str, float] = {}
-        self._start = self._last = time.perf_counter()
-        budget = read_time(config.train.time_budget) if plan.gathers_evidence(config) else 0.0
-        self._budget = budget or None
-
-    def left(self) -> float | None:
-        """Seconds left of the budget; None where there is none."""
-        return None if self._budget is None else self._budget - (time.perf_counter() - self._start)
-
-    def mark(self, part: str) -> None:
-        """Book the time since the last mark on a part."""
-        now = time.perf_counter()
-        self.seconds[part], self._last = now - self._last, now

@@ -29,7 +29,7 @@ from headstart.errors import TrainingError
 from headstart.files import write_whole
 from headstart.images import Preprocess
 from headstart.material import Material
-from headstart.plan import Layout
+from headstart.plan import Layout, Pace
 
 log = logging.getLogger(__name__)
 
@@ -38,18 +38,6 @@ MOST_PICTURES = 16  # a timed step: the ratios hardly change beyond
 RANGE = (1e-7, 1.0)  # learning rates of the range test
 RANGE_STEPS = 100
 SMOOTHING, UNSMOOTHED = 0.9, 10
-
-
-@dataclass(frozen=True)
-class Pace:
-    """The layout in which training is fastest, and how fast it is."""
-
-    layout: Layout
-    seconds: float  # of a training step, for each of its pictures
-
-    def to_json(self) -> dict[str, object]:
-        """The pace as JSON values."""
-        return {**dataclasses.asdict(self.layout), "seconds": self.seconds}
 
 
 def find_pace(
@@ -107,7 +95,7 @@ def find_pace(
     if file is not None:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(file, json.dumps(pace.to_json()).encode())
+            write_whole(file, json.dumps({**dataclasses.asdict(best), "seconds": pace.seconds}).encode())
         except OSError as error:
             log.info("%s cannot be written (%s): the steps will be timed again", file, error.strerror)
     return pace

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,9 +19,15 @@ WORTH_DEPTH, WORTH_MIRROR = 0.01, 0.02
 # Neither mirror images nor training further are tried where the error by cross-validation is less than this share of
 # what always saying the most frequent class gives: half of a hundredth for two equal classes.
 LITTLE = 0.02
-# Training further: epochs over the last blocks, at most and at least; what else it takes, in epochs: the activations of
-# the frozen blocks, and the measuring of what came out.
+# Training further: epochs over the last blocks, at most; at least, whatever is trained; what else it takes, in epochs:
+# the activations of frozen blocks, and the measuring of what came out.
 TUNED_EPOCHS, LEAST_EPOCHS, AROUND = 6, 3, 1.5
+# Everything trained: so many pictures are shown in all, in this many epochs at most: few pictures are shown more often
+# (in the spirit of BiT's rule, Kolesnikov et al., 2020).
+WHOLE_PICTURES, WHOLE_EPOCHS = 20_000, 12
+# From random weights: epochs at most and at least, on so many pictures and so far from the pretraining ones at least.
+SCRATCH_EPOCHS, SCRATCH_LEAST, SCRATCH_PICTURES, FAR = 60, 20, 20_000, 0.3
+NEAR = 1.25  # times the fitted head's log-loss: training whose end cannot come nearer is given up
 LEAST_SELECT = 30  # pictures to choose by: with fewer, chance would choose
 
 
@@ -64,13 +71,15 @@ class Evidence:
     common: float = 0.0  # accuracy of always saying the most frequent class; 0 with several labels a picture
 
     @property
-    def distance(self) -> float:
-        """How far the data are from what the network was pretrained on.
+    def distance(self) -> float | None:
+        """How far the data are from what the network was pretrained on; None where one depth was looked at only.
 
         It is the share of the final features' log-loss that all depths together take away: about 0 on photographs of
         what ImageNet shows, where the final features say all; 0.3 and more on X-rays and the like.
         """
-        final = next(variant.log_loss for variant in self.variants if variant.taps == (FINAL,))
+        final = next((variant.log_loss for variant in self.variants if variant.taps == (FINAL,)), None)
+        if final is None or len(self.variants) == 1:
+            return None
         every = max(self.variants, key=lambda variant: len(variant.taps)).log_loss
         return max(0.0, 1.0 - every / final) if final > 0 else 0.0
 
@@ -78,16 +87,23 @@ class Evidence:
 def choose_variant(variants: Sequence[Variant]) -> Variant:
     """The variant with the least log-loss; the final features alone, where they are as good but for a hundredth."""
     best = min(variants, key=lambda variant: variant.log_loss)
-    final = next(variant for variant in variants if variant.taps == (FINAL,))
+    final = next((variant for variant in variants if variant.taps == (FINAL,)), best)
     return final if final.log_loss <= best.log_loss * (1 + WORTH_DEPTH) else best
+
+
+def choose_views(pair: tuple[Variant, Variant] | None, wanted: str) -> tuple[View, ...]:
+    """The views of a picture that answers are averaged over: as set, or by what was found without and with mirrors."""
+    mirrored = wanted == "mirror" or (wanted == "auto" and pair is not None and is_mirror_worth(pair))
+    return ("plain", "mirror") if mirrored else ("plain",)
 
 
 def describe_evidence(evidence: Evidence) -> list[str]:
     """What was found, in words and numbers."""
     lines = [f"{variant}, log-loss {variant.log_loss:.3f}" for variant in evidence.variants]
-    lines.append(
-        f"distance from the pretraining pictures {evidence.distance:.2f}, of 0 to 1: {_name(evidence.distance)}"
-    )
+    if evidence.distance is not None:
+        lines.append(
+            f"distance from the pretraining pictures {evidence.distance:.2f}, of 0 to 1: {_name(evidence.distance)}"
+        )
     if evidence.mirror is not None:
         alone, both = (variant.log_loss for variant in evidence.mirror)
         verdict = "taken" if is_mirror_worth(evidence.mirror) else "not worth a second pass"
@@ -106,7 +122,7 @@ def _name(distance: float) -> str:
     """A distance in words."""
     if distance < 0.05:
         return "the final features say all"
-    return "earlier features help" if distance < 0.3 else "the pictures are of another kind"
+    return "earlier features help" if distance < FAR else "the pictures are of another kind"
 
 
 def is_little_left(best: Variant, common: float) -> bool:
@@ -139,34 +155,76 @@ class Outlook:
         return (epochs + AROUND) * self.pictures * self.step_seconds
 
 
-def choose_epochs(outlook: Outlook) -> int:
-    """As many epochs as the time allows, up to `TUNED_EPOCHS`; 0 where it allows fewer than `LEAST_EPOCHS`."""
-    epochs = TUNED_EPOCHS
+def choose_epochs(outlook: Outlook, most: int, least: int = LEAST_EPOCHS) -> int:
+    """As many epochs as the time allows, up to `most`; 0 where it allows fewer than the least."""
+    epochs = most
     while epochs and outlook.take(epochs) > outlook.seconds_left:
         epochs -= 1
-    return epochs if epochs >= LEAST_EPOCHS else 0
+    return epochs if epochs >= least else 0
 
 
-def weigh_tuning(evidence: Evidence, outlook: Outlook) -> tuple[int, str]:
-    """(epochs of training the last blocks further, why); none where it cannot pay or there is no time."""
+def can_gain(evidence: Evidence, select: int) -> tuple[bool, str]:
+    """(whether training further may pay, where not: why)."""
     best = choose_variant(evidence.variants)
-    every = max((variant.taps for variant in evidence.variants), key=len)
-    if every == (FINAL,):
-        return 0, "not trained further: the network has no blocks of which the first could be frozen"
-    if best.taps == every[:1]:
-        return 0, f"not trained further: the features are those of {every[0]}, up to which everything is frozen"
     if is_little_left(best, evidence.common):
-        return 0, f"not trained further: the fitted head is right on {best.accuracy:.1%}"
-    if outlook.select < LEAST_SELECT:
-        return 0, f"not trained further: {outlook.select} pictures to choose by are fewer than {LEAST_SELECT}"
-    epochs = choose_epochs(outlook)
-    if not epochs:
-        need, left = show_time(outlook.take(LEAST_EPOCHS)), show_time(max(0.0, outlook.seconds_left))
-        return (
-            0,
-            f"not trained further: {LEAST_EPOCHS} epochs would take about {need}, and {left} of the budget are left",
-        )
-    return epochs, f"then {epochs} epochs over the last blocks, of about {show_time(outlook.take(epochs))}"
+        return False, f"not trained further: the fitted head is right on {best.accuracy:.1%}"
+    if select < LEAST_SELECT:
+        return False, f"not trained further: {select} pictures to choose by are fewer than {LEAST_SELECT}"
+    return True, ""
+
+
+def find_boundary(evidence: Evidence, freeze: str) -> tuple[str, str]:
+    """(the block up to which the network stays frozen while its last blocks are trained, where there is none: why).
+
+    Args:
+        evidence: what was found.
+        freeze: the block that was asked for; none: the first of those that were looked at.
+    """
+    every = max((variant.taps for variant in evidence.variants), key=len)
+    boundary = freeze or next((tap for tap in every if tap != FINAL), FINAL)
+    if boundary == FINAL:
+        return "", "the last blocks: not trained, no block is known up to which the network could be frozen"
+    if choose_variant(evidence.variants).taps == (boundary,):
+        return "", f"the last blocks: not trained, the features are those of {boundary}, up to which all is frozen"
+    return boundary, ""
+
+
+def choose_length(pictures: int) -> int:
+    """Epochs over everything, as long as there is time: the more, the fewer pictures there are."""
+    return max(LEAST_EPOCHS, min(WHOLE_EPOCHS, WHOLE_PICTURES // max(1, pictures)))
+
+
+def is_scratch_worth_trying(evidence: Evidence, pictures: int) -> bool:
+    """Whether the pictures are so many, and so unlike those of the pretraining, that random weights may do as well."""
+    return pictures >= SCRATCH_PICTURES and evidence.distance is not None and evidence.distance >= FAR
+
+
+def weigh_time(name: str, outlook: Outlook, most: int, least: int = LEAST_EPOCHS) -> tuple[int, str]:
+    """(epochs of training something further, what is said of it); none where there is no time."""
+    epochs = choose_epochs(outlook, most, least)
+    if epochs:
+        return epochs, f"then {epochs} epochs over {name}, of about {show_time(outlook.take(epochs))}"
+    need, left = show_time(outlook.take(least)), show_time(max(0.0, outlook.seconds_left))
+    return 0, f"{name}: not trained, {least} epochs would take about {need}, and {left} of the budget are left"
+
+
+def can_win(losses: Sequence[float], epochs: int, target: float) -> bool:
+    """Whether a log-loss can still come near a target; told from half-way on.
+
+    It is taken to go on falling as in the best of its last three epochs. It need not come under the target itself: of
+    what lies on the way from the start, some may be better than the end.
+
+    Args:
+        losses: after each epoch so far, the start's first.
+        epochs: that there are at most.
+        target: to come near.
+    """
+    done = len(losses) - 1
+    if done < 1 or 2 * done < epochs:
+        return True
+    last = losses[-4:]
+    fall = max(0.0, *(before - after for before, after in itertools.pairwise(last)))
+    return losses[-1] - fall * (epochs - done) < NEAR * target
 
 
 def read_time(text: str) -> float:
