@@ -86,13 +86,13 @@ def test_two_processes_see_the_same_pictures_and_give_the_same_model_as_one(trai
 
 @pytest.mark.slow
 def test_what_is_trained_further_in_two_processes_is_weighed_as_in_one(make_shapes, train, tmp_path):
-    many = make_shapes(tmp_path / "many", 80)
+    many = make_shapes(tmp_path / "many", 110)
     rows = [
         f"{path.relative_to(tmp_path)},{('square', path.parent.name)[number % 3 > 0]}"  # some labels are wrong
         for number, path in enumerate(sorted(many.rglob("*.png")))
     ]
     (tmp_path / "table.csv").write_text("\n".join(("image,label", *rows)))
-    settings = shlex.split("--time-budget 1h --epochs 2 --precision float32")
+    settings = shlex.split("--time-budget 1h --taps blocks.3,final --epochs 2 --precision float32")
     reasons = []
     for name, launcher in (("two", TWO), ("one", (sys.executable,))):
         done = train(name, launcher, settings=settings, data=tmp_path / "table.csv")
