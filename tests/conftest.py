@@ -95,7 +95,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of real pictures, HEADSTART_TEST_DATA; tests that need it are skipped where it is not there."""
-    folder = Path(os.environ.get("HEADSTART_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    folder = Path(os.environ.get("HEADSTART_TEST_DATA") or Path(__file__).parents[2] / "shared" / "data")
     if not folder.is_dir():
         pytest.skip("needs real pictures: set HEADSTART_TEST_DATA")
     return folder
