@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import json
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch
 from PIL import Image, ImageOps
 
 import headstart
-from headstart import backbones, evidence, plan, verdicts
+from headstart import backbones, embedders, evidence, plan, verdicts
 from headstart.data import Dataset, Sample
 from headstart.errors import UsageError
 from headstart.evidence import Depths, Table
@@ -64,15 +65,27 @@ def test_many_pictures_are_compared_on_a_stratified_part(tmp_path, monkeypatch):
     assert {v.pictures for v in variants} == {60}
 
 
-def test_mirror_images_are_worth_it_where_they_say_more(tmp_path):
+SETS = (("plain", "mirror"), ("plain", "zoom"), ("plain", "mirror", "zoom", "zoom-mirror"))
+
+
+@pytest.mark.parametrize("fresh", [(), ("mirror",), ("zoom",), ("mirror", "zoom", "zoom-mirror")])
+def test_the_views_that_say_more_are_found(tmp_path, fresh):
     table, numbers = make_table(120, tmp_path)
-    plain = noisy(numbers, 16, 1.5, 0)
-    fresh = {sample.source: row for sample, row in zip(table.samples, noisy(numbers, 16, 1.5, 1), strict=True)}
-    same = {sample.source: row for sample, row in zip(table.samples, plain, strict=True)}
-    more = evidence.weigh_mirror(table, plain, lambda s: np.stack([fresh[x.source] for x in s]), (FINAL,))
-    none = evidence.weigh_mirror(table, plain, lambda s: np.stack([same[x.source] for x in s]), (FINAL,))
-    assert verdicts.is_mirror_worth(more) and not verdicts.is_mirror_worth(none)
-    assert more[1].views == ("plain", "mirror") and more[0].views == ("plain",)
+    kinds = {"plain": 0, **{view: 1 + place for place, view in enumerate(fresh)}}
+    rows = {
+        view: dict(zip((s.source for s in table.samples), noisy(numbers, 16, 1.5, kind), strict=True))
+        for view, kind in {**dict.fromkeys(("mirror", "zoom", "zoom-mirror"), 0), **kinds}.items()
+    }
+    found = evidence.weigh_views(
+        table, lambda samples, view: np.stack([rows[view][s.source] for s in samples]), SETS, (FINAL,)
+    )
+    assert [variant.views for variant in found] == [("plain",), *SETS]
+    views = verdicts.choose_views(found, "auto")
+    assert views == ("plain", *fresh) if len(fresh) != 1 else set(fresh) <= set(views)
+
+
+def test_without_sets_of_views_none_are_compared(tmp_path):
+    assert evidence.weigh_views(make_table(20, tmp_path)[0], None, (), (FINAL,)) == ()
 
 
 def test_the_learning_curve_falls_and_foretells_what_is_measured(tmp_path):
@@ -138,40 +151,41 @@ def test_the_cheaper_variant_is_taken_where_the_other_is_hardly_better(losses, c
 
 
 @pytest.mark.parametrize(
-    ("accuracy", "symmetry", "common", "tried"),
+    ("accuracy", "symmetry", "common", "most", "tried"),
     [
-        (0.9, "mirror", 0.5, True),
-        (0.9, "any", 0.5, True),
-        (0.9, "none", 0.5, False),
-        (0.995, "mirror", 0.5, False),
-        (0.985, "mirror", 0.1, False),
-        (0.985, "mirror", 0.5, True),
-        (0.995, "mirror", 0.99, True),
+        (0.9, "mirror", 0.5, 9, SETS),
+        (0.9, "any", 0.5, 4, SETS),
+        (0.9, "any", 0.5, 3, SETS[:2]),
+        (0.9, "any", 0.5, 1, ()),
+        (0.9, "none", 0.5, 9, SETS[1:2]),
+        (0.995, "mirror", 0.5, 9, ()),
+        (0.985, "mirror", 0.1, 9, ()),
+        (0.985, "mirror", 0.5, 9, SETS),
+        (0.995, "mirror", 0.99, 9, SETS),
     ],
 )
-def test_mirror_images_are_tried_where_they_mean_the_same_and_there_is_something_to_gain(
-    accuracy, symmetry, common, tried
+def test_views_are_tried_where_they_mean_the_same_and_there_is_room_and_something_to_gain(
+    accuracy, symmetry, common, most, tried
 ):
-    assert verdicts.is_mirror_worth_trying(variant(ALL, 0.2, accuracy), symmetry, common) is tried
+    assert verdicts.list_views(variant(ALL, 0.2, accuracy), symmetry, common, most) == tried
 
 
 @pytest.mark.parametrize(
     ("final", "every", "distance"), [(0.30, 0.30, 0.0), (0.30, 0.33, 0.0), (0.30, 0.15, 0.5), (0.0, 0.0, 0.0)]
 )
 def test_distance_is_the_share_of_the_log_loss_that_depths_take_away(final, every, distance):
-    assert Evidence((variant((FINAL,), final), variant(ALL, every)), None, None).distance == pytest.approx(distance)
+    assert Evidence((variant((FINAL,), final), variant(ALL, every)), (), None).distance == pytest.approx(distance)
 
 
 def test_reasons_say_what_was_found_in_numbers():
     curve = Curve(((10, 0.4), (20, 0.3), (40, 0.2)), 64, 0.15, 0.16, 0.1)
-    pair = variant(ALL, 0.20), variant(ALL, 0.18)
+    pair = variant(ALL, 0.20), dataclasses.replace(variant(ALL, 0.18), views=("plain", "zoom"))
     lines = "\n".join(verdicts.describe_evidence(Evidence((variant(ALL, 0.2), variant((FINAL,), 0.3)), pair, curve)))
     for part in (
         "logistic on x + y + final: 0.900 [0.850, 0.950]",
         "distance",
         "0.33",
-        "mirror images",
-        "taken",
+        "log-loss by views: plain 0.200, zoom 0.180: zoom is worth its passes",
         "128 pictures",
     ):
         assert part in lines
@@ -217,8 +231,8 @@ def test_a_head_on_any_depths_and_views_predicts_as_it_was_fitted(
 
 
 def look_at(monkeypatch, mirror_images: bool) -> None:
-    monkeypatch.setattr(evidence, "is_mirror_worth_trying", lambda *_: True)
-    monkeypatch.setattr(verdicts, "is_mirror_worth", lambda pair: mirror_images)
+    monkeypatch.setattr(evidence, "list_views", lambda *_: (("plain", "mirror"),))
+    monkeypatch.setattr(verdicts, "WORTH_VIEWS", -9.0 if mirror_images else 1.0)
 
 
 def find(network, size, chosen):
@@ -238,10 +252,10 @@ def test_depths_can_be_set_and_views_are_found_all_the_same(shapes, tiny_weights
     assert run is not None and run.plan.phases[0].taps == run.classifier.backbone.spec.taps == ("blocks.1", FINAL)
     assert run.classifier.backbone.spec.views == ("plain", "mirror")[: 1 + mirror_images]
     told = "; ".join(run.plan.reasons)
-    assert "mirror images: log-loss" in told and "distance" not in told and told.count("logistic on") == 1
+    assert "log-loss by views: plain" in told and "distance" not in told and told.count("logistic on") == 1
 
 
-@pytest.mark.parametrize("views", [("plain",), ("plain", "mirror")])
+@pytest.mark.parametrize(("name", "views"), verdicts.VIEW_SETS.items())
 @pytest.mark.parametrize(
     "settings",
     [
@@ -252,10 +266,10 @@ def test_depths_can_be_set_and_views_are_found_all_the_same(shapes, tiny_weights
         {"head": "mlp", "hidden": 8, "epochs": 1},
     ],
 )
-def test_views_can_be_set_whatever_the_strategy(shapes, tiny_weights, tmp_path, monkeypatch, settings, views):
+def test_views_can_be_set_whatever_the_strategy(shapes, tiny_weights, tmp_path, monkeypatch, settings, name, views):
     look_at(monkeypatch, len(views) == 1)  # the opposite would be found
     settings = {"weights": str(tiny_weights), "precision": "float32", "device": "cpu", **settings}
-    run = headstart.train(shapes, tmp_path / "run", views=views[-1], **settings)
+    run = headstart.train(shapes, tmp_path / "run", views=name, **settings)
     assert run is not None and run.classifier.backbone.spec.views == views
     again = headstart.evaluate(tmp_path / "run", precision="float32", device="cpu")
     np.testing.assert_allclose(again.probabilities, run.evaluation.probabilities, atol=1e-5)
@@ -264,12 +278,24 @@ def test_views_can_be_set_whatever_the_strategy(shapes, tiny_weights, tmp_path, 
         content.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "mirrored.png")
     there, back = run.classifier.predict([picture, tmp_path / "mirrored.png"], precision="float32", device="cpu")
     apart = max(abs(there.probabilities[label] - back.probabilities[label]) for label in run.classifier.classes)
-    assert apart < 1e-3 or len(views) == 1
+    assert apart < 1e-3 or "mirror" not in views
 
 
-def test_mirror_images_that_mean_something_else_are_not_averaged_over(shapes, tiny_weights, tmp_path):
+@pytest.mark.parametrize("views", ["mirror", "all"])
+def test_mirror_images_that_mean_something_else_are_not_averaged_over(shapes, tiny_weights, tmp_path, views):
     with pytest.raises(UsageError, match="views"):
-        headstart.train(shapes, tmp_path / "run", weights=str(tiny_weights), views="mirror", symmetry="none")
+        headstart.train(shapes, tmp_path / "run", weights=str(tiny_weights), views=views, symmetry="none")
+
+
+def test_an_enlarged_view_shows_the_middle_and_its_mirror_image_that_mirrored():
+    pictures = torch.zeros(1, 3, 100, 100)
+    pictures[:, :, 10:90, 10:50] = 1.0
+    zoomed = embedders.look(pictures, "zoom")
+    assert zoomed.shape == pictures.shape
+    assert zoomed[:, :, :, :45].min() > 0.99 and zoomed[:, :, :, 55:].max() < 0.01
+    assert torch.equal(embedders.look(pictures, "zoom-mirror"), zoomed.flip(3))
+    assert torch.equal(embedders.look(pictures, "mirror"), pictures.flip(3))
+    assert embedders.look(pictures, "plain") is pictures
 
 
 def test_where_both_views_are_looked_at_a_mirror_image_gets_the_same_answer(

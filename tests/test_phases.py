@@ -102,6 +102,7 @@ def doubtful(monkeypatch):
     """Drawn shapes are told apart too easily for anything to be gained: that is overlooked."""
     monkeypatch.setattr("headstart.verdicts.is_little_left", lambda best, common: False)
     monkeypatch.setattr("headstart.verdicts.WHOLE_EPOCHS", 3)
+    monkeypatch.setattr("headstart.evidence.list_views", lambda best, symmetry, *_: ())
     monkeypatch.setattr("headstart.engine.can_win", lambda losses, epochs, target: True)
 
 
@@ -143,7 +144,7 @@ def test_where_the_fitted_head_is_taken_it_is_the_one_of_a_run_without_training(
     many, tiny_weights, tmp_path, monkeypatch, doubtful
 ):
     take(monkeypatch, 0.0)
-    monkeypatch.setattr("headstart.evidence.is_mirror_worth_trying", lambda *_: False)
+    monkeypatch.setattr("headstart.evidence.list_views", lambda *_: ())
     tried = headstart.train(many, tmp_path / "tried", **options(tiny_weights, heads="logistic,svm,means"))
     plain = headstart.train(
         many, tmp_path / "plain", **options(tiny_weights, heads="logistic,svm,means", time_budget="0")
@@ -337,8 +338,22 @@ def interrupt(*_):
 def test_mirror_images_are_an_arm_where_they_mean_the_same(many, tiny_weights, tmp_path, doubtful, symmetry):
     made = headstart.train(many, tmp_path / "run", dry_run=True, **options(tiny_weights, symmetry=symmetry))
     *_, train, choose = made.phases
-    assert (("plain", "mirror") in choose.views) == (symmetry != "none")
+    assert any("mirror" in views for views in choose.views) == (symmetry != "none")
     assert ("Flip" in train.settings.augment) == (symmetry != "none")
+
+
+def test_the_views_of_the_fitted_head_are_tried_with_trained_models_too(
+    many, tiny_weights, tmp_path, monkeypatch, doubtful
+):
+    zoomed = ("plain", "zoom")
+    monkeypatch.setattr("headstart.evidence.list_views", lambda *_: (zoomed,))
+    monkeypatch.setattr("headstart.verdicts.WORTH_VIEWS", -9.0)
+    take(monkeypatch, 0.5, zoomed)
+    run = headstart.train(many, tmp_path / "run", **options(tiny_weights, freeze="blocks.1"))
+    assert run is not None and run.plan.phases[-1].views == (("plain",), ("plain", "mirror"), zoomed)
+    assert run.classifier.backbone.spec.views == zoomed
+    again = headstart.evaluate(tmp_path / "run", precision="float32", device="cpu")
+    np.testing.assert_allclose(again.probabilities, run.evaluation.probabilities, atol=1e-5)
 
 
 def test_several_labels_a_picture_are_trained_further_too(many, tiny_weights, tmp_path, monkeypatch, doubtful):
@@ -436,7 +451,7 @@ DEEP = Evidence(
         Variant(("x", FINAL), ("plain",), "logistic", 0.3, 0.9, 0.85, 0.95, 100),
         Variant((FINAL,), ("plain",), "logistic", 0.4, 0.9, 0.85, 0.95, 100),
     ),
-    None,
+    (),
     None,
 )
 

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 
 from headstart.errors import UsageError
@@ -5,6 +7,7 @@ from headstart.verdicts import (
     FINAL,
     LEAST_SELECT,
     TUNED_EPOCHS,
+    VIEW_SETS,
     Evidence,
     Outlook,
     Variant,
@@ -26,7 +29,7 @@ def variant(taps=("x", FINAL), log_loss=0.3, accuracy=0.9):
     return Variant(taps, ("plain",), "logistic", log_loss, accuracy, accuracy - 0.05, accuracy + 0.05, 100)
 
 
-DEEP = Evidence((variant(), variant((FINAL,), 0.4)), None, None)
+DEEP = Evidence((variant(), variant((FINAL,), 0.4)), (), None)
 AMPLE = Outlook(pictures=400, select=60, step_seconds=0.02, seconds_left=600.0)
 
 
@@ -89,11 +92,11 @@ def test_whether_there_is_time_is_said_with_figures(outlook, epochs, words):
         (DEEP, 60, ""),
         (DEEP, LEAST_SELECT - 1, "29 pictures to choose by are fewer than 30"),
         (DEEP, LEAST_SELECT, ""),
-        (Evidence((variant(accuracy=0.98), variant((FINAL,), 0.4)), None, None), 60, "right on 98.0%"),
-        (Evidence((variant(accuracy=0.98), variant((FINAL,), 0.4)), None, None, 0.5), 60, ""),
-        (Evidence((variant(accuracy=0.99), variant((FINAL,), 0.4)), None, None, 0.5), 60, "right on 99.0%"),
+        (Evidence((variant(accuracy=0.98), variant((FINAL,), 0.4)), (), None), 60, "right on 98.0%"),
+        (Evidence((variant(accuracy=0.98), variant((FINAL,), 0.4)), (), None, 0.5), 60, ""),
+        (Evidence((variant(accuracy=0.99), variant((FINAL,), 0.4)), (), None, 0.5), 60, "right on 99.0%"),
         # Where 99 of 100 are of one class, 99 % say nothing.
-        (Evidence((variant(accuracy=0.99), variant((FINAL,), 0.4)), None, None, 0.99), 60, ""),
+        (Evidence((variant(accuracy=0.99), variant((FINAL,), 0.4)), (), None, 0.99), 60, ""),
     ],
 )
 def test_whether_training_further_may_pay_is_decided_from_figures_and_said(evidence, select, words):
@@ -101,8 +104,8 @@ def test_whether_training_further_may_pay_is_decided_from_figures_and_said(evide
     assert possible == (not words) and words in why
 
 
-ONE_DEPTH = Evidence((variant((FINAL,)),), None, None)
-FIRST_ALONE = Evidence((variant(("x",), 0.2), variant(), variant((FINAL,), 0.4)), None, None)
+ONE_DEPTH = Evidence((variant((FINAL,)),), (), None)
+FIRST_ALONE = Evidence((variant(("x",), 0.2), variant(), variant((FINAL,), 0.4)), (), None)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +136,7 @@ def test_the_more_pictures_the_fewer_epochs_over_everything(pictures, epochs):
     ("every", "pictures", "worth"), [(0.2, 20_000, True), (0.2, 19_999, False), (0.29, 20_000, False)]
 )
 def test_random_weights_are_tried_on_many_pictures_of_another_kind_only(every, pictures, worth):
-    evidence = Evidence((variant(log_loss=every), variant((FINAL,), 0.4)), None, None)
+    evidence = Evidence((variant(log_loss=every), variant((FINAL,), 0.4)), (), None)
     assert is_scratch_worth_trying(evidence, pictures) == worth
 
 
@@ -163,16 +166,21 @@ def test_an_arm_goes_on_while_its_loss_can_still_come_near_what_is_held(losses, 
 
 
 @pytest.mark.parametrize(
-    ("both", "wanted", "views"),
+    ("mirror", "zoom", "every", "wanted", "views"),
     [
-        (0.2, "auto", 2),
-        (0.299, "auto", 1),
-        (None, "auto", 1),
-        (0.2, "plain", 1),
-        (0.299, "mirror", 2),
-        (None, "mirror", 2),
+        (0.3, 0.3, 0.3, "auto", "plain"),
+        (0.28, 0.3, 0.3, "auto", "mirror"),
+        (0.28, 0.27, 0.27, "auto", "zoom"),
+        (0.28, 0.27, 0.26, "auto", "all"),
+        (0.299, 0.299, 0.29, "auto", "all"),
+        (0.299, 0.299, 0.297, "auto", "plain"),
+        (0.2, 0.2, 0.2, "plain", "plain"),
+        (0.3, 0.3, 0.3, "mirror", "mirror"),
+        (0.3, 0.3, 0.3, "all", "all"),
     ],
 )
-def test_views_are_those_that_are_set_or_found(both, wanted, views):
-    pair = None if both is None else (variant(), variant(log_loss=both))
-    assert choose_views(pair, wanted) == ("plain", "mirror")[:views]
+def test_views_are_those_that_are_set_or_the_cheapest_but_for_what_others_gain(mirror, zoom, every, wanted, views):
+    losses = {"plain": 0.3, "mirror": mirror, "zoom": zoom, "all": every}
+    found = [dataclasses.replace(variant(log_loss=loss), views=VIEW_SETS[name]) for name, loss in losses.items()]
+    assert choose_views(found, wanted) == VIEW_SETS[views]
+    assert choose_views((), wanted) == VIEW_SETS["plain" if wanted == "auto" else wanted]

@@ -72,10 +72,10 @@ class ModelConfig:
         "blocks whose pooled outputs a head is fitted on, such as blocks.2,blocks.4,final (default: by evidence with "
         "strategy auto, else final alone)",
     )
-    views: Literal["auto", "plain", "mirror"] = _setting(
+    views: Literal["auto", "plain", "mirror", "zoom", "all"] = _setting(
         "auto",
-        "what answers are averaged over: a picture alone, or it and its mirror image (auto: by evidence with strategy "
-        "auto, else plain)",
+        "what answers are averaged over: a picture alone, with its mirror image, with its middle enlarged, or with all "
+        "of these (auto: by evidence with strategy auto, else plain)",
     )
 
 

@@ -33,7 +33,7 @@ from headstart.verdicts import (
     Variant,
     choose_variant,
     choose_views,
-    is_mirror_worth_trying,
+    list_views,
 )
 from headstart.views import View
 from headstart.zoo import Spec
@@ -43,7 +43,8 @@ log = logging.getLogger(__name__)
 
 KIND = ("logistic",)  # the head that depths and views are compared by
 PICTURES = 2_000  # that variants are compared on: more move the choice little
-MIRRORED = 400  # pictures that the mirrored view is tried on
+VIEWED = 400  # pictures that other views are tried on
+ROOM_BYTES = 2**30  # that features of several views may take
 SHARES = (1 / 8, 1 / 4, 1 / 2)  # of the pictures, for the learning curve
 ENOUGH = 16  # pictures that the least share must have
 
@@ -120,7 +121,7 @@ def gather(
         depths: what the features are of.
         spec: the network with all these taps.
         rows: pictures -> their features at all depths, (n, sum of widths).
-        look: (network, pictures) -> a view of them, as of their mirror images.
+        look: (network with a single view, pictures) -> that view of them.
         symmetry: what leaves a picture's meaning alone.
         wanted: views, as they are set; auto: those that are found to be best.
     """
@@ -131,23 +132,22 @@ def gather(
     def plain(samples: Sequence[Sample]) -> NDArray[np.float32]:
         return np.ascontiguousarray(rows(samples)[:, columns])
 
-    mirrored = spec.adapted(views=("mirror",))
+    def see(samples: Sequence[Sample], view: ViewName) -> NDArray[np.float32]:
+        if view == "plain":
+            return plain(samples)
+        return np.ascontiguousarray(look(spec.adapted(views=(view,)), samples).rows(samples)[:, columns])
 
-    def mirror(samples: Sequence[Sample]) -> NDArray[np.float32]:
-        return np.ascontiguousarray(look(mirrored, samples).rows(samples)[:, columns])
+    matrix, common = plain(table.samples), table.common()
+    sets = list_views(chosen, symmetry, common, ROOM_BYTES // matrix.nbytes) if wanted == "auto" else ()
+    found = Evidence(variants, weigh_views(table, see, sets, chosen.taps), draw_curve(table, matrix, chosen), common)
+    views = choose_views(found.views, wanted)
 
-    def both(samples: Sequence[Sample]) -> NDArray[np.float32]:
-        return np.stack((plain(samples), mirror(samples)), 1)
+    def stack(samples: Sequence[Sample]) -> NDArray[np.float32]:
+        return np.stack([see(samples, view) for view in views], 1)
 
-    matrix = plain(table.samples)
-    common = table.common()
-    worth = wanted == "auto" and is_mirror_worth_trying(chosen, symmetry, common)
-    pair = weigh_mirror(table, matrix, mirror, chosen.taps) if worth else None
-    views = choose_views(pair, wanted)
-    found = Evidence(variants, pair, draw_curve(table, matrix, chosen), common)
     taps = () if chosen.taps == (FINAL,) else chosen.taps
     sight = dataclasses.replace(spec, taps=taps, views=views)
-    return Sight(sight, found, plain if len(views) == 1 else both)
+    return Sight(sight, found, plain if len(views) == 1 else stack)
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,22 +220,29 @@ def weigh_depths(table: Table, matrix: NDArray[np.float32], depths: Depths) -> t
     return tuple(sorted(found, key=lambda variant: variant.log_loss))
 
 
-def weigh_mirror(table: Table, plain: NDArray[np.float32], look: Look, taps: Sequence[str]) -> tuple[Variant, Variant]:
-    """(the plain view alone, both views) on a part of the pictures, by logistic regression.
+def weigh_views(
+    table: Table,
+    see: Callable[[Sequence[Sample], ViewName], NDArray[np.float32]],
+    sets: Sequence[tuple[ViewName, ...]],
+    taps: Sequence[str],
+) -> tuple[Variant, ...]:
+    """The plain view and sets of views on a part of the pictures, by logistic regression; nothing without sets.
 
     Args:
         table: the pictures.
-        plain: their features, (n, dim).
-        look: gives the features of pictures' mirror images, (m, dim).
+        see: gives the features of a view of pictures, (m, dim).
+        sets: the views to try.
         taps: what the features are of.
     """
-    some, places = table.part(MIRRORED / len(table.samples))
-    alone = some.fit(plain[places], KIND)
-    both = some.fit(np.stack((plain[places], look(some.samples)), 1), KIND)
-    return (
-        some.describe(alone, taps, ("plain",)),
-        some.describe(both, taps, ("plain", "mirror")),
-    )
+    if not sets:
+        return ()
+    some, _ = table.part(VIEWED / len(table.samples))
+    seen = {view: see(some.samples, view) for view in dict.fromkeys(view for views in sets for view in views)}
+    found = []
+    for views in (("plain",), *sets):
+        rows = seen["plain"] if len(views) == 1 else np.stack([seen[view] for view in views], 1)
+        found.append(some.describe(some.fit(rows, KIND), taps, views))
+    return tuple(found)
 
 
 def draw_curve(table: Table, matrix: NDArray[np.float32], whole: Variant) -> Curve | None:

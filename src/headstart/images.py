@@ -33,7 +33,8 @@ _UPRIGHT = {
 }
 _ORIENTATION = 0x0112
 Fit = Literal["crop", "pad", "squash", "center"]
-View = Literal["plain", "mirror"]  # of a picture, as a network sees it
+# Of a picture, as a network sees it: itself, its mirror image, its middle enlarged, the mirror image of that.
+View = Literal["plain", "mirror", "zoom", "zoom-mirror"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,

@@ -30,7 +30,7 @@ from headstart.model import Classifier
 from headstart.plan import Choose, FitHead, Phase, Plan, Train
 from headstart.runs import RunFolder
 from headstart.strategies import Strategy
-from headstart.verdicts import can_win
+from headstart.verdicts import can_win, show_views
 
 
 def carry_out(
@@ -107,7 +107,7 @@ class Arm:
 
     def __str__(self) -> str:
         name = f"{self.name} trained, {self.share:.0%} of the way" if self.share else self.name
-        return f"{name}{', and mirror images' if len(self.views) > 1 else ''}: log-loss {self.losses.mean():.3f}"
+        return f"{name}{show_views(self.views)}: log-loss {self.losses.mean():.3f}"
 
 
 def interpolate(start: Adapted, end: Adapted, share: float) -> Adapted:
@@ -172,16 +172,17 @@ def weigh(bench: Bench, chosen: Plan, number: int, start: FittedHead, trained: A
     """
     phase, last, samples = find_training(chosen, number), chosen.phases[-1], bench.dataset.of_role("select")
     assert isinstance(last, Choose)
-    every, arms = max(last.views, key=len), []
+    every, arms = tuple(dict.fromkeys(view for views in last.views for view in views)), []
     between = phase.start == "pretrained"  # nothing lies between random weights and others
     begun = bench.begin(phase, start) if between else trained
     for share in last.shares if between else (1.0,):
         model = interpolate(begun, trained, share)
         seen = Backbone.of(bench.backbone.spec.adapted(views=every), model.backbone)
         matrix = embed(seen, bench.album(samples), bench.device, bench.precision, bench.world)
-        width, module = matrix.shape[1] // len(every), copy.deepcopy(model.head).cpu()
-        for views in last.views:  # each is the first of all of them
-            losses = _losses(bench, module, matrix[:, : width * len(views)], samples, views)
+        rows, module = matrix.reshape(len(samples), len(every), -1), copy.deepcopy(model.head).cpu()
+        for views in last.views:
+            shown = rows[:, [every.index(view) for view in views]].reshape(len(samples), -1)
+            losses = _losses(bench, module, shown, samples, views)
             arms.append(Arm(number, phase.name, share, views, losses))
     return arms
 

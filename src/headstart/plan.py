@@ -28,6 +28,7 @@ from headstart.verdicts import (
     SCRATCH_EPOCHS,
     SCRATCH_LEAST,
     TUNED_EPOCHS,
+    VIEW_SETS,
     Evidence,
     Outlook,
     can_gain,
@@ -232,7 +233,7 @@ def _plan_head(s: Situation, config: RunConfig, linear: bool, reasons: list[str]
     reasons += describe_evidence(s.evidence)
     if variant.taps != (FINAL,):
         heads = tuple(head for head in heads if head in DEEP_HEADS) or heads
-    return FitHead(heads, s.folds, variant.taps, choose_views(s.evidence.mirror, config.model.views))
+    return FitHead(heads, s.folds, variant.taps, choose_views(s.evidence.views, config.model.views))
 
 
 def _read_heads(text: str, task: Task, linear: bool) -> tuple[str, ...]:
@@ -301,9 +302,17 @@ def _plan_further(s: Situation, evidence: Evidence, config: RunConfig, first: Ph
             of_epochs = None if math.isinf(left) else seconds - outlook.take(0)
             phases.append(dataclasses.replace(phase, settings=settings, layout=pace.layout, seconds=of_epochs))
             left -= seconds
-    views = [read_views(config)] if config.model.views != "auto" or config.engine.symmetry == "none" else list(VIEWS)
-    last = Choose(read_shares(config.train.interpolation), tuple(views))
+    last = Choose(read_shares(config.train.interpolation), _list_views(config, first))
     return [*(_give(phase, left / len(phases)) for phase in phases), last] if phases else []
+
+
+def _list_views(config: RunConfig, first: Phase) -> tuple[tuple[View, ...], ...]:
+    """The views that trained models are tried with: as set, or plain, mirrored, and those of the fitted head."""
+    if config.model.views != "auto":
+        return (read_views(config),)
+    mirrored = () if config.engine.symmetry == "none" else (VIEW_SETS["mirror"],)
+    held = (first.views,) if isinstance(first, FitHead) else ()
+    return tuple(sorted(dict.fromkeys((VIEW_SETS["plain"], *mirrored, *held)), key=len))
 
 
 def _give(phase: Train, seconds: float) -> Train:
@@ -375,7 +384,6 @@ EPOCHS: dict[Strategy, int] = {"probe": 100, "finetune": 10, "lp-ft": 6, "two-st
 RATES: dict[Strategy, float] = {"probe": 1e-3, "finetune": 3e-4, "lp-ft": 1e-4, "two-stage": 3e-4, "scratch": 2e-3}
 SGD_OVER_ADAM = 10.0
 TUNED_RATE, TUNED_VIEWS = 3e-4, 4  # of the last blocks alone, and the views of each picture that they are shown
-VIEWS: tuple[tuple[View, ...], ...] = (("plain",), ("plain", "mirror"))
 DEARER = 3.0  # a step of what is not measured yet, over that of what is
 UNMEASURED = Layout("float32", False)
 LAYER_DECAY = 0.75  # of the next block's rate; the first of nine blocks learns at a tenth of the head's

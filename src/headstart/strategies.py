@@ -28,7 +28,7 @@ def gathers_evidence(config: RunConfig) -> bool:
 
 def read_views(config: RunConfig) -> tuple[View, ...]:
     """The views that answers are averaged over, where no evidence is gathered."""
-    return choose_views(None, config.model.views)
+    return choose_views((), config.model.views)
 
 
 def read_taps(config: RunConfig) -> tuple[str, ...]:
@@ -103,8 +103,9 @@ def check(task: Task, config: RunConfig) -> None:
         raise UsageError("time_budget", why, "Leave it out, or give --strategy auto alone.")
     if config.train.interpolation != TrainConfig().interpolation and not may_train_further(config):
         raise UsageError("interpolation", "has no effect without --time-budget", "Leave it out, or give one.")
-    if config.model.views == "mirror" and engine.symmetry == "none":
-        raise UsageError("views", "mirror, and symmetry none says that they mean something else", "Leave one out.")
+    if config.model.views in ("mirror", "all") and engine.symmetry == "none":
+        why = f"{config.model.views} shows mirror images, and symmetry none says that they mean something else"
+        raise UsageError("views", why, "Give plain or zoom, or leave --symmetry out.")
     if config.train.heads and trains(config) and strategy != "lp-ft":
         why = f"has no effect with strategy {strategy} and --head {engine.head}: no head is fitted on features"
         raise UsageError("heads", why, "Leave --head out." if strategy == "probe" else "Give --strategy probe.")

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 FINAL = "final"  # the network's own features, among those of several depths
 # The cheaper of two variants is taken unless the other's log-loss is lower by more than this share.
-WORTH_DEPTH, WORTH_MIRROR = 0.01, 0.02
-# Neither mirror images nor training further are tried where the error by cross-validation is less than this share of
+WORTH_DEPTH, WORTH_VIEWS = 0.01, 0.02
+# Neither other views nor training further are tried where the error by cross-validation is less than this share of
 # what always saying the most frequent class gives: half of a hundredth for two equal classes.
 LITTLE = 0.02
 # Training further: epochs over the last blocks, at most; at least, whatever is trained; what else it takes, in epochs:
@@ -28,6 +28,12 @@ WHOLE_PICTURES, WHOLE_EPOCHS = 20_000, 12
 # From random weights: epochs at most and at least, on so many pictures and so far from the pretraining ones at least.
 SCRATCH_EPOCHS, SCRATCH_LEAST, SCRATCH_PICTURES, FAR = 60, 20, 20_000, 0.3
 NEAR = 1.25  # times the fitted head's log-loss: training whose end cannot come nearer is given up
+VIEW_SETS: dict[str, tuple[View, ...]] = {  # by the names that settings give them
+    "plain": ("plain",),
+    "mirror": ("plain", "mirror"),
+    "zoom": ("plain", "zoom"),
+    "all": ("plain", "mirror", "zoom", "zoom-mirror"),
+}
 LEAST_SELECT = 30  # pictures to choose by: with fewer, chance would choose
 
 
@@ -46,8 +52,7 @@ class Variant:
 
     def __str__(self) -> str:
         where = "the final features" if self.taps == (FINAL,) else " + ".join(self.taps)
-        seen = " and their mirror images" if len(self.views) > 1 else ""
-        return f"{self.head} on {where}{seen}: {self.accuracy:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return f"{self.head} on {where}{show_views(self.views)}: {self.accuracy:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ class Evidence:
     """What features say before anything is trained."""
 
     variants: tuple[Variant, ...]  # by depth, best first
-    mirror: tuple[Variant, Variant] | None  # without and with mirror images, where that was tried
+    views: tuple[Variant, ...]  # by views, the plain one first; none where no others were tried
     curve: Curve | None
     common: float = 0.0  # accuracy of always saying the most frequent class; 0 with several labels a picture
 
@@ -91,10 +96,29 @@ def choose_variant(variants: Sequence[Variant]) -> Variant:
     return final if final.log_loss <= best.log_loss * (1 + WORTH_DEPTH) else best
 
 
-def choose_views(pair: tuple[Variant, Variant] | None, wanted: str) -> tuple[View, ...]:
-    """The views of a picture that answers are averaged over: as set, or by what was found without and with mirrors."""
-    mirrored = wanted == "mirror" or (wanted == "auto" and pair is not None and is_mirror_worth(pair))
-    return ("plain", "mirror") if mirrored else ("plain",)
+def choose_views(found: Sequence[Variant], wanted: str) -> tuple[View, ...]:
+    """The views of a picture that answers are averaged over: as set, or the cheapest but for what others gain.
+
+    Args:
+        found: the plain view, and others that were tried.
+        wanted: the name of a set, or `auto`.
+    """
+    if wanted != "auto":
+        return VIEW_SETS[wanted]
+    if not found:
+        return VIEW_SETS["plain"]
+    held, *others = found
+    for passes in sorted({len(variant.views) for variant in others}):
+        best = min((one for one in others if len(one.views) == passes), key=lambda variant: variant.log_loss)
+        if best.log_loss < held.log_loss * (1 - WORTH_VIEWS):
+            held = best
+    return held.views
+
+
+def show_views(views: Sequence[View]) -> str:
+    """Views in words, to be added to what they are views of."""
+    name = next((name for name, known in VIEW_SETS.items() if known == tuple(views)), " + ".join(views))
+    return "" if name == "plain" else f", views {name}"
 
 
 def describe_evidence(evidence: Evidence) -> list[str]:
@@ -104,10 +128,11 @@ def describe_evidence(evidence: Evidence) -> list[str]:
         lines.append(
             f"distance from the pretraining pictures {evidence.distance:.2f}, of 0 to 1: {_name(evidence.distance)}"
         )
-    if evidence.mirror is not None:
-        alone, both = (variant.log_loss for variant in evidence.mirror)
-        verdict = "taken" if is_mirror_worth(evidence.mirror) else "not worth a second pass"
-        lines.append(f"mirror images: log-loss {alone:.3f} without, {both:.3f} with them: {verdict}")
+    if evidence.views:
+        names = [show_views(variant.views).removeprefix(", views ") or "plain" for variant in evidence.views]
+        figures = (f"{name} {variant.log_loss:.3f}" for name, variant in zip(names, evidence.views))
+        taken = show_views(choose_views(evidence.views, "auto")).removeprefix(", views ") or "plain"
+        lines.append(f"log-loss by views: {', '.join(figures)}: {taken} is worth its passes")
     curve = evidence.curve
     if curve is not None:
         lines.append(
@@ -130,15 +155,19 @@ def is_little_left(best: Variant, common: float) -> bool:
     return 1 - best.accuracy <= LITTLE * (1 - common) + 1e-9  # for what floats cannot tell apart
 
 
-def is_mirror_worth_trying(best: Variant, symmetry: str, common: float) -> bool:
-    """Whether mirror images of pictures mean the same, and there is something left to gain by them."""
-    return symmetry != "none" and not is_little_left(best, common)
+def list_views(best: Variant, symmetry: str, common: float, most: int) -> tuple[tuple[View, ...], ...]:
+    """The views that are tried beside the plain one; none where there is little left to gain.
 
-
-def is_mirror_worth(pair: tuple[Variant, Variant]) -> bool:
-    """Whether mirror images, which cost a second pass, take away enough of the log-loss."""
-    alone, both = pair
-    return both.log_loss < alone.log_loss * (1 - WORTH_MIRROR)
+    Args:
+        best: the best depth.
+        symmetry: what leaves a picture's meaning alone; with `none`, no mirror images.
+        common: the accuracy of always saying the most frequent class.
+        most: views of each picture whose features there is room for.
+    """
+    if is_little_left(best, common):
+        return ()
+    fit = [views for views in VIEW_SETS.values() if 1 < len(views) <= most]
+    return tuple(views for views in fit if symmetry != "none" or "mirror" not in views)
 
 
 @dataclass(frozen=True)
