@@ -565,7 +565,7 @@ def test_a_signal_to_all_processes_saves_and_the_logged_command_goes_on_with_the
         process.send_signal(number)
     ended = end_ranks(started)
     assert status in [got for got, _ in ended] and all(got for got, _ in ended), ended
-    assert not any("Traceback" in error for _, error in ended)
+    assert not any("Traceback" in error for _, error in ended), ended
     assert sum("interrupted: what was done so far is kept" in error for _, error in ended) == 1
     assert (tmp_path / "stopped" / "checkpoint.safetensors").exists()
     assert not (tmp_path / "stopped" / "metrics.json").exists()

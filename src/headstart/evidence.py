@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 KIND = ("logistic",)  # the head that depths and views are compared by
 PICTURES = 2_000  # that variants are compared on: more move the choice little
-VIEWED = 400  # pictures that other views are tried on
+VIEWED = 1_000  # pictures that other views are tried on: 400 misled on X-rays
 ROOM_BYTES = 2**30  # that features of several views may take
 SHARES = (1 / 8, 1 / 4, 1 / 2)  # of the pictures, for the learning curve
 ENOUGH = 16  # pictures that the least share must have
