@@ -55,7 +55,9 @@ def run_python(code, home):
 
 @needs_openvino
 @pytest.mark.parametrize("precision, least", [("float32", 0.99999), ("bfloat16", 0.995)])
-@pytest.mark.parametrize("adapted", [{}, {"views": ("plain", "mirrored"), "taps": ("blocks.1", "blocks.2")}])
+@pytest.mark.parametrize(
+    "adapted", [{}, {"views": ("plain", "mirror", "zoom", "zoom-mirror"), "taps": ("blocks.1", "blocks.2")}]
+)
 def test_a_compiled_backbone_gives_pytorchs_features_within_rounding(backbone, tmp_path, precision, least, adapted):
     backbone = Backbone(backbone.spec.adapted(**adapted), backbone.state_dict())
     pixels = make_pixels(11)

@@ -15,13 +15,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from headstart import compiled, features
 from headstart.backbones import Backbone
 from headstart.errors import BackboneError, UsageError
 from headstart.files import write_whole
-from headstart.images import Preprocess
+from headstart.images import Preprocess, View
 from headstart.loading import BATCH_SIZE, Compute, count_cpus
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import nn
 
-    from headstart.images import View
     from headstart.zoo import Spec
 
 log = logging.getLogger(__name__)
@@ -91,8 +90,10 @@ def look(pictures: torch.Tensor, view: View) -> torch.Tensor:
     """A view of normalised pictures (n, 3, size, size)."""
     import torch
 
+    if view not in get_args(View):
+        raise ValueError(f"{view!r} is no view: {', '.join(get_args(View))}")
     if view in ("zoom", "zoom-mirror"):
-        size = pictures.shape[2]
+        size = int(pictures.shape[2])  # where the function is traced, it is a tensor
         edge = round(size * (1 - ZOOM) / 2)
         middle = pictures[:, :, edge : size - edge, edge : size - edge]
         pictures = torch.nn.functional.interpolate(middle, (size, size), mode="bilinear")

@@ -236,7 +236,7 @@ def weigh_views(
     """
     if not sets:
         return ()
-    some, _ = table.part(VIEWED / len(table.samples))
+    some, _ = table.part(max(VIEWED, 4 * len(table.dataset.classes)) / len(table.samples))  # folds need some of each
     seen = {view: see(some.samples, view) for view in dict.fromkeys(view for views in sets for view in views)}
     found = []
     for views in (("plain",), *sets):
