@@ -145,6 +145,8 @@ def _conduct(
 
     audit, dataset = _deal(given, view.survey, config)
     sight = _weigh(dataset, network, view, audit, config, track, world)
+    if strategies.may_train_further(config):
+        sight.rows(dataset.of_role("fit", "select"))  # computed before it is asked how much time is left
     clock.mark("evidence")
     bench = _set_up(dataset, network, view, sight, config, world)
     chosen = _decide(folder, bench, audit, config, view, sight, clock)
