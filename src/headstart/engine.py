@@ -376,9 +376,7 @@ class Training:
         return 0 < self.settings.patience <= self.state.epoch - max(0, self.state.best_epoch)
 
     def _is_lost(self) -> bool:
-        losses = self.state.losses
-        target = losses[0] if self.target is None else self.target
-        return not self.keeps_start and not can_win(losses, self.settings.epochs, target)
+        return not self.keeps_start and not can_win(self.state.losses, self.settings.epochs, self.target)
 
     def _is_late(self) -> bool:
         """Whether another epoch would take longer than there is time; all processes go by the first one's clock."""

@@ -269,6 +269,6 @@ def _find_cause(phase: Train, losses: Sequence[float], since: int) -> str:
     settings = phase.settings
     if 0 < settings.patience <= since:
         return f"none was better for {since}"
-    if not can_win(losses, settings.epochs, losses[0] if phase.target is None else phase.target):
+    if not can_win(losses, settings.epochs, phase.target):
         return "they could not win any more"
     return "another would have taken too long"

@@ -115,9 +115,14 @@ def choose_views(found: Sequence[Variant], wanted: str) -> tuple[View, ...]:
     return held.views
 
 
+def name_views(views: Sequence[View]) -> str:
+    """The name by which settings know views."""
+    return next((name for name, known in VIEW_SETS.items() if known == tuple(views)), " + ".join(views))
+
+
 def show_views(views: Sequence[View]) -> str:
     """Views in words, to be added to what they are views of."""
-    name = next((name for name, known in VIEW_SETS.items() if known == tuple(views)), " + ".join(views))
+    name = name_views(views)
     return "" if name == "plain" else f", views {name}"
 
 
@@ -129,9 +134,8 @@ def describe_evidence(evidence: Evidence) -> list[str]:
             f"distance from the pretraining pictures {evidence.distance:.2f}, of 0 to 1: {_name(evidence.distance)}"
         )
     if evidence.views:
-        names = [show_views(variant.views).removeprefix(", views ") or "plain" for variant in evidence.views]
-        figures = (f"{name} {variant.log_loss:.3f}" for name, variant in zip(names, evidence.views))
-        taken = show_views(choose_views(evidence.views, "auto")).removeprefix(", views ") or "plain"
+        figures = (f"{name_views(variant.views)} {variant.log_loss:.3f}" for variant in evidence.views)
+        taken = name_views(choose_views(evidence.views, "auto"))
         lines.append(f"log-loss by views: {', '.join(figures)}: {taken} is worth its passes")
     curve = evidence.curve
     if curve is not None:
@@ -237,7 +241,7 @@ def weigh_time(name: str, outlook: Outlook, most: int, least: int = LEAST_EPOCHS
     return 0, f"{name}: not trained, {least} epochs would take about {need}, and {left} of the budget are left"
 
 
-def can_win(losses: Sequence[float], epochs: int, target: float) -> bool:
+def can_win(losses: Sequence[float], epochs: int, target: float | None) -> bool:
     """Whether a log-loss can still come near a target; told from half-way on.
 
     It is taken to go on falling as in the best of its last three epochs. It need not come under the target itself: of
@@ -246,14 +250,14 @@ def can_win(losses: Sequence[float], epochs: int, target: float) -> bool:
     Args:
         losses: after each epoch so far, the start's first.
         epochs: that there are at most.
-        target: to come near.
+        target: to come near; None: the start's.
     """
     done = len(losses) - 1
     if done < 1 or 2 * done < epochs:
         return True
     last = losses[-4:]
     fall = max(0.0, *(before - after for before, after in itertools.pairwise(last)))
-    return losses[-1] - fall * (epochs - done) < NEAR * target
+    return losses[-1] - fall * (epochs - done) < NEAR * (losses[0] if target is None else target)
 
 
 def read_time(text: str) -> float:
