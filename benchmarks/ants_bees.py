@@ -1,4 +1,4 @@
-"""Ants and bees: the official tutorial's fixed-feature loop against `headstart train`, in wall time and accuracy.
+"""Ants and bees: the official tutorial's fixed-feature loop against a probe of headstart, in wall time and accuracy.
 
 python benchmarks/ants_bees.py           (two of the tutorial's 25 epochs, multiplied)
 python benchmarks/ants_bees.py --full    (all 25)
@@ -27,6 +27,7 @@ from common import headstart, run, tutorial_loaders
 from headstart import backbones
 
 EPOCHS = 25
+COMMAND = "headstart train --strategy probe"
 DATA = Path(os.environ.get("HEADSTART_TEST_DATA") or Path(__file__).resolve().parents[2] / "shared/data", "hymenoptera")
 NOTES = {
     "pictures": "import of torch, decoding, forward: overlapped",
@@ -112,7 +113,7 @@ def tutorial(data: Path, epochs: int) -> Iterator[dict[str, float]]:
 
 
 def train(out: Path) -> dict[str, float | dict]:
-    """A whole process of `headstart train`. Runs whose folders have the same parent share a cache."""
+    """A whole process of `COMMAND`. Runs whose folders have the same parent share a cache."""
     seconds, _ = headstart("train", DATA, "--strategy", "probe", "--out", out, cache=out.parent / "cache")
     parts = json.loads((out / "environment.json").read_text())["seconds"]
     accuracy = json.loads((out / "metrics.json").read_text())["metrics"]["accuracy"]
@@ -140,9 +141,9 @@ def report(raw: dict[str, list], runs: int) -> None:
         seconds = statistics.median(one["seconds"] for one in raw[name])
         accuracy = raw[name][0]["accuracy"]
         interval = f"{accuracy['value']:.3f} [{accuracy['low']:.3f}, {accuracy['high']:.3f}] n={accuracy['n']}"
-        print(f"| `headstart train`, {meaning} | {seconds:.1f} | {whole / seconds:.1f} | {interval} |")
+        print(f"| `{COMMAND}`, {meaning} | {seconds:.1f} | {whole / seconds:.1f} | {interval} |")
 
-    print("\n| part of `headstart train`, seconds | cold | warm | |")
+    print(f"\n| part of `{COMMAND}`, seconds | cold | warm | |")
     print("| --- | --- | --- | --- |")
     names = list(raw["cold"][0]["parts"])
     medians = {

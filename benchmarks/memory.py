@@ -95,7 +95,7 @@ def fit() -> None:
         matrix *= 8  # the classes overlap a little
         for label, centre in enumerate(centres):
             matrix[targets == label] += centre
-        tuned = min(rows, heads.TUNING_PICTURES)
+        tuned = min(rows, heads.TUNING_ROWS)
         return matrix, targets, [row % FOLDS if row < tuned else -1 for row in range(rows)]
 
     heads.fit_head(*draw(200), CLASSES)  # what is imported and allocated once is none of the matrix's doing

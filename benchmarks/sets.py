@@ -2,7 +2,7 @@
 
 python benchmarks/sets.py
 
-Expected (2-core machine): accuracies within the intervals of the README's table; two minutes.
+Expected (2-core machine): accuracies within the intervals of the README's table; four minutes.
 """
 
 from __future__ import annotations

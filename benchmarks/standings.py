@@ -26,7 +26,7 @@ BUDGET = ("--time-budget", "5m")
 OURS: dict[str, tuple[str, ...]] = {
     "headstart": (),
     "headstart-without-depths": ("--taps", "final"),
-    "headstart-without-mirror": ("--views", "plain"),
+    "headstart-without-views": ("--views", "plain"),
     "headstart-5m": BUDGET,
     "headstart-5m-without-interpolation": (*BUDGET, "--interpolation", "100"),
     "probe-alone": ("--strategy", "probe"),
@@ -38,7 +38,7 @@ ARMS = tuple(name for name in OURS if not name.startswith(OURSELVES))
 # What is told by two entrants, the one with it first.
 BROUGHT = {
     "depths": ("headstart", "headstart-without-depths"),
-    "mirror images": ("headstart", "headstart-without-mirror"),
+    "views": ("headstart", "headstart-without-views"),
     "training further": ("headstart-5m", "headstart"),
     "interpolation": ("headstart-5m", "headstart-5m-without-interpolation"),
 }
@@ -309,9 +309,12 @@ def show_gain(first: Result | None, second: Result | None) -> str:
 def show_facts(rows: Sequence[Row]) -> list[str]:
     versions = sorted({f"{name} {version}" for row in rows for name, version in row["versions"].items()})
     hours = {name: sum(row["seconds"] for row in rows if row["entrant"] == name) / 3600 for name in (*OURS, *RIVALS)}
+    sources = sorted({row["source"] for row in rows if "source" in row})
+    mixed = ": **these differ, and are not to be compared**" if len(sources) > 1 else ""
     facts = {
         "Machine": "; ".join(sorted({row["machine"] for row in rows})),
         "Versions": ", ".join(versions),
+        "Digest of headstart's source": ", ".join(sources) + mixed,
         "Hours of all runs": ", ".join(f"{name} {spent:.2f}" for name, spent in hours.items() if spent),
     }
     return [f"* {name}: {text or '-'}" for name, text in facts.items()]

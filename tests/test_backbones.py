@@ -8,6 +8,7 @@ import shutil
 import socket
 import types
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -721,8 +722,6 @@ def test_the_tiny_network_of_the_other_tests_loads(tiny_weights):
 
 
 # Random weights to begin with
-
-from dataclasses import replace  # noqa: E402
 
 
 def same_weights(first: Backbone, second: Backbone) -> bool:

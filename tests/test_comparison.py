@@ -7,6 +7,7 @@ import pytest
 import headstart
 from headstart import backbones, cli, comparison, metrics
 from headstart.comparison import Ranked, recommend
+from headstart.errors import DataError
 from headstart.metrics import Estimate
 from headstart.plan import Plan
 
@@ -57,15 +58,44 @@ def test_with_little_time_the_first_network_alone_is_measured(shapes, tiny_weigh
     assert "efficientnet_lite0: not measured" in caplog.text
 
 
-def make(name: str, milliseconds: float, p_value: float | None) -> Ranked:
+def make(name: str, milliseconds: float, p_value: float | None, gain: float = 0.1) -> Ranked:
     estimate = Estimate(0.9, 0.8, 0.95, 50)
-    behind = None if p_value is None else metrics.Comparison(Estimate(0.1, 0.0, 0.2, 50), p_value)
+    behind = None if p_value is None else metrics.Comparison(Estimate(gain, gain - 0.1, gain + 0.1, 50), p_value)
     return Ranked(name, estimate, 0.3, milliseconds, 10.0, behind)
 
 
 @pytest.mark.parametrize(("p_value", "chosen"), [(0.3, "small"), (0.01, "large")])
 def test_the_faster_of_two_that_cannot_be_told_apart_is_recommended(p_value, chosen):
     assert recommend((make("large", 9.0, None), make("small", 2.0, p_value))).name == chosen
+
+
+def test_one_that_is_more_accurate_than_the_first_is_not_passed_over():
+    # The first one has the least log-loss, which need not be the fewest errors.
+    assert recommend((make("large", 9.0, None), make("small", 2.0, 0.01, gain=-0.1))).name == "small"
+
+
+def with_groups(shapes: Path, table: Path, of: int) -> Path:
+    """A table of the pictures, so many of a class in a group."""
+    paths = sorted(shapes.rglob("*.png"))
+    rows = [f"{path},{path.parent.name},{path.parent.name} {int(path.stem) // of}" for path in paths]
+    table.write_text("\n".join(("image,label,group", *rows)))
+    return table
+
+
+def test_groups_of_which_a_part_would_hold_one_a_class_are_looked_at_in_a_larger_part(
+    make_shapes, tiny_weights, two, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(comparison, "PICTURES", 6)
+    table = with_groups(make_shapes(tmp_path / "shapes", 30), tmp_path / "table.csv", 5)
+    (count,) = {entry.accuracy.n for entry in headstart.rank(table, weights=str(tiny_weights), device="cpu")}
+    assert 6 < 4 * 5 * 3 <= count
+
+
+def test_where_nothing_can_be_held_out_it_is_said(make_shapes, tiny_weights, two, tmp_path):
+    data = make_shapes(tmp_path / "data" / "train", 1).parent
+    make_shapes(data / "val", 4, first_seed=50)
+    with pytest.raises(DataError, match="none can be held out"):
+        headstart.rank(data, weights=str(tiny_weights), device="cpu")
 
 
 def test_the_command_says_what_to_run_next(shapes, tiny_weights, two, tmp_path, capsys):

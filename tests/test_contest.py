@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import importlib.machinery
 import json
 import subprocess
 import sys
@@ -187,6 +188,36 @@ def test_a_run_that_has_a_row_is_not_run_again(contest, data, runs, tmp_path):
     assert file.read_bytes().startswith(before)
     keys = [(row["seed"], row["entrant"]) for row in contest.read_rows(file)]
     assert keys == [(0, "headstart"), (1, "headstart"), (0, "sklearn"), (1, "sklearn")]
+
+
+def test_rows_of_a_source_that_has_changed_are_measured_again_and_the_later_ones_count(
+    contest, standings, data, runs, tmp_path, monkeypatch
+):
+    file, cases = tmp_path / "rows.jsonl", [("flowers", FULL, 0)]
+    contest.hold(cases, ["headstart", "sklearn"], Path("python"), file)
+    first = contest.digest_source()
+    monkeypatch.setattr(contest, "digest_source", lambda: "0123456789ab")
+    contest.hold(cases, ["headstart", "sklearn"], Path("python"), file)
+    rows = contest.read_rows(file)
+    assert len(runs) == 3 and len(file.read_bytes().splitlines()) == 3
+    assert [(row["entrant"], row.get("source")) for row in rows] == [("headstart", "0123456789ab"), ("sklearn", None)]
+    facts = "\n".join(standings.show_facts(rows))
+    assert "Digest of headstart's source: 0123456789ab\n" in facts and "differ" not in facts
+    mixed = [*rows, {**rows[0], "entrant": "probe-alone", "source": first}]
+    assert "these differ" in "\n".join(standings.show_facts(mixed))
+
+
+def test_the_digest_of_the_source_is_another_when_a_module_is(contest, tmp_path, monkeypatch):
+    package = tmp_path / "headstart"
+    package.mkdir()
+    found = []
+    for content in ("", "a = 1", "a = 1", "a = 2"):
+        (package / "one.py").write_text(content)
+        spec = importlib.machinery.ModuleSpec("headstart", None, is_package=True)
+        spec.submodule_search_locations = [str(package)]
+        monkeypatch.setattr(contest.importlib.util, "find_spec", lambda name, spec=spec: spec)
+        found.append(contest.digest_source())
+    assert found[1] == found[2] and len({*found}) == 3
 
 
 def test_what_needs_pictures_to_choose_by_runs_on_full_sets_only(contest, data, runs, tmp_path):

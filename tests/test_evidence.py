@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import functools
 import json
 
 import numpy as np
@@ -12,9 +13,14 @@ from headstart import backbones, embedders, evidence, plan, verdicts
 from headstart.data import Dataset, Sample
 from headstart.errors import UsageError
 from headstart.evidence import Depths, Table
+from headstart.features import Survey
+from headstart.images import Preprocess
 from headstart.plan import FitHead
+from headstart.processes import World
 from headstart.taps import Tapped, find_depths
 from headstart.verdicts import FINAL, Curve, Evidence, Variant
+from headstart.views import View
+from headstart.zoo import Spec
 
 CLASSES = ("a", "b", "c")
 PHASE = FitHead(("logistic", "svm", "means", "knn"), 5)
@@ -86,6 +92,84 @@ def test_the_views_that_say_more_are_found(tmp_path, fresh):
 
 def test_without_sets_of_views_none_are_compared(tmp_path):
     assert evidence.weigh_views(make_table(20, tmp_path)[0], None, (), (FINAL,)) == ()
+
+
+class Told(World):
+    """A process that the first one tells what `others` makes of its own findings."""
+
+    def __init__(self, others):
+        super().__init__(1, 2)
+        object.__setattr__(self, "others", others)
+
+    def tell(self, value):
+        return self.others(value)
+
+
+def gather(table, numbers, asked, symmetry="mirror", world=World()):
+    """What is found on features of three depths, of which early ones are best, and mirror images that say more."""
+    sources = [sample.source for sample in table.samples]
+
+    def rows(kind):
+        matrix = np.hstack([noisy(numbers, 8, 1.5, kind), noisy(numbers, 28, 0.1, kind + 1)])
+        return dict(zip(sources, matrix, strict=True))
+
+    kept = {view: rows(10 * kind) for kind, view in enumerate(("plain", "mirror", "zoom", "zoom-mirror"))}
+
+    def stack(view, samples):
+        return np.stack([kept[view][sample.source] for sample in samples])
+
+    def look(spec, samples):
+        asked.append((*spec.views, len(samples)))
+        survey = Survey(tuple(sample.source for sample in samples), (), {}, {}, {})
+        return View(stack(spec.views[0], samples), survey, "", "cpu", "float32")
+
+    spec = Spec("net", "timm", "net", {}, Preprocess(16, 1.0), taps=DEPTHS.taps)
+    plain = functools.partial(stack, "plain")
+    return evidence.gather(table, DEPTHS, spec, plain, look, symmetry, world=world), stack
+
+
+def test_a_view_is_looked_at_once_for_all_who_ask(tmp_path):
+    table, numbers = make_table(120, tmp_path)
+    asked = []
+    sight, stack = gather(table, numbers, asked)
+    assert sight.spec.taps == ("early",) and len(sight.spec.views) == 4
+    before = list(asked)
+    assert before == [("mirror", 120), ("zoom", 120), ("zoom-mirror", 120)]
+    for samples in (table.samples, table.samples[::-1], table.samples[7:19]):
+        wanted = np.stack([stack(view, samples)[:, :8] for view in sight.spec.views], 1)
+        assert np.array_equal(sight.rows(samples), wanted)
+    assert asked == before
+    others = [Sample("other.png", ("a",))]
+    with pytest.raises(KeyError, match="other"):  # what was not seen yet is looked at
+        sight.rows(others)
+
+
+def test_of_several_processes_the_first_one_finds(tmp_path):
+    table, numbers = make_table(120, tmp_path)
+    alone, _ = gather(table, numbers, [])
+    first = Variant((FINAL,), ("plain",), "logistic", 0.1, 0.99, 0.9, 1.0, 120)
+
+    def tell(value):
+        return dataclasses.replace(value, views=()) if isinstance(value, Evidence) else (first, *value)
+
+    told, _ = gather(table, numbers, [], world=Told(tell))
+    assert alone.spec.taps == ("early",) and len(alone.spec.views) == 4
+    assert told.spec.taps == () and told.spec.views == ("plain",)  # though this one's own figures say the other
+    assert told.evidence.variants[0] == first and told.evidence.views == ()
+
+
+def test_of_many_classes_a_part_holds_some_of_each(tmp_path, monkeypatch):
+    monkeypatch.setattr(evidence, "PICTURES", 20)
+    monkeypatch.setattr(evidence, "VIEWED", 20)
+    numbers = np.arange(600) % 30
+    classes = tuple(f"{number:02}" for number in range(30))
+    samples = [Sample(f"{place}.png", (classes[number],)) for place, number in enumerate(numbers)]
+    table = Table(samples, Dataset(tmp_path, tuple(samples), classes, "single", ""), {}, PHASE, 0)
+    features = np.eye(30, 40, dtype=np.float32)[numbers]
+    variants = evidence.weigh_depths(table, features, Depths((FINAL,), (40,)))
+    assert len(variants) == 1 and variants[0].accuracy == 1.0
+    assert 4 * 30 <= variants[0].pictures < 200  # not 20: none of a class could be held out
+    assert evidence.draw_curve(table, features, variants[0]) is None  # an eighth is fewer than two of each
 
 
 def test_the_learning_curve_falls_and_foretells_what_is_measured(tmp_path):

@@ -250,6 +250,17 @@ def test_logistic_regression_out_of_fold_is_scikit_learns_without_the_fold(fit_a
         assert softmax(fitted.logits[out]) == pytest.approx(expected.predict_proba(x[out]), abs=0.01)
 
 
+def test_many_pictures_ask_their_neighbours_in_parts_and_get_the_same_answers(monkeypatch):
+    features, targets, folds = blobs(apart=0.5)
+    whole = heads.fit_head(features, targets, list(folds), CLASSES, ("knn",))
+    expected = logits_of(whole, features)
+    monkeypatch.setattr(heads, "QUERIES", 7)
+    parted = heads.fit_head(features, targets, list(folds), CLASSES, ("knn",))
+    assert (parted.strength, parted.logits.tolist()) == (whole.strength, whole.logits.tolist())
+    assert logits_of(whole, features).tolist() == expected.tolist()
+    assert logits_of(whole, features[:0]).shape == (0, CLASSES)
+
+
 def test_neighbours_out_of_fold_are_of_other_folds():
     features, targets, folds = blobs(apart=0.5)
     fitted, x = heads.fit_head(features, targets, list(folds), CLASSES, ("knn",)), scaled(features)

@@ -1,10 +1,31 @@
 import dataclasses
+import itertools
 import json
+import subprocess
+import sys
 
 import pytest
 
-from headstart.config import RunConfig, resolve
-from headstart.plan import KNN_PICTURES, FitHead, Situation, decide
+from headstart import config as configs
+from headstart.config import EngineConfig, RunConfig, resolve
+from headstart.errors import UsageError
+from headstart.plan import (
+    EPOCHS,
+    KNN_VECTORS,
+    LAYER_DECAY,
+    RATES,
+    FitHead,
+    Layout,
+    Pace,
+    Situation,
+    Timing,
+    Train,
+    choose_batch_size,
+    decide,
+    settle,
+)
+from headstart.strategies import needs_features, trains
+from headstart.verdicts import FINAL, VIEW_SETS, Evidence, Variant
 
 USUAL = Situation(
     task="single",
@@ -17,6 +38,7 @@ USUAL = Situation(
     precision="bfloat16",
 )
 ALL = ("logistic", "svm", "means", "knn")
+DEPTHS = {("early",): 0.2, (FINAL,): 0.3}  # log-losses
 
 
 def situation(**facts):
@@ -34,8 +56,8 @@ def reasons(plan):
         ({}, {"strategy": "probe"}, ALL, 5, ["strategy probe: as set"]),
         ({"folds": 3, "smallest_class": 3}, {}, ALL, 3, ["3 folds instead of 5", "smallest class has 3"]),
         ({"folds": 10}, {"folds": 10}, ALL, 10, []),
-        ({"pictures": KNN_PICTURES}, {}, ALL, 5, []),
-        ({"pictures": KNN_PICTURES + 1}, {}, ALL[:3], 5, [f"{KNN_PICTURES + 1} pictures", "no kNN"]),
+        ({"pictures": KNN_VECTORS}, {}, ALL, 5, []),
+        ({"pictures": KNN_VECTORS + 1}, {}, ALL[:3], 5, [f"{KNN_VECTORS + 1} pictures", "no kNN"]),
         ({"task": "multi"}, {}, ("logistic",), 5, ["several labels a picture"]),
         ({"task": "multi", "pictures": 10**6}, {}, ("logistic",), 5, ["several labels a picture"]),
         ({"select": 60}, {}, ALL, 5, ["60 select pictures"]),
@@ -51,13 +73,49 @@ def test_what_is_decided_and_why(facts, settings, heads, folds, words):
 
 
 @pytest.mark.parametrize(
+    ("settings", "heads", "words"),
+    [
+        ({}, ("logistic", "means"), "heads logistic, means: on features of several depths"),
+        ({"heads": "svm,logistic"}, ("svm", "logistic"), "heads svm, logistic: as set"),
+        ({"heads": "knn"}, ("knn",), "heads knn: as set"),
+    ],
+)
+def test_on_other_depths_fewer_heads_compete_unless_they_are_set(settings, heads, words):
+    early, final = (Variant(taps, ("plain",), "logistic", loss, 0.9, 0.8, 0.95, 300) for taps, loss in DEPTHS.items())
+    plan = decide(situation(evidence=Evidence((early, final), (), None)), resolve(None, settings))
+    assert (plan.phases[0].taps, plan.phases[0].heads) == (("early",), heads)
+    assert words in reasons(plan)
+
+
+def test_the_time_that_training_takes_is_foreseen():
+    plan = training({"strategy": "finetune", "epochs": 5})
+    assert "5 epochs of 300 pictures: about 30 s" in reasons(plan)  # at 0.02 s for each
+
+
+@pytest.mark.parametrize("found", [True, False])
+@pytest.mark.parametrize(("name", "pictures"), [("mirror", KNN_VECTORS // 2), ("all", KNN_VECTORS // 4)])
+def test_each_view_of_a_picture_is_a_vector_that_neighbours_would_hold(name, pictures, found):
+    plain, best = (
+        Variant((FINAL,), views, "logistic", loss, 0.9, 0.8, 0.95, pictures)
+        for views, loss in ((VIEW_SETS["plain"], 0.3), (VIEW_SETS[name], 0.2))
+    )
+    facts = {"evidence": Evidence((plain,), (plain, best), None)} if found else {}
+    config = resolve(None, {} if found else {"strategy": "probe", "views": name})
+    kept, dropped = (decide(situation(pictures=count, **facts), config) for count in (pictures, pictures + 1))
+    assert [plan.phases[0].views for plan in (kept, dropped)] == [VIEW_SETS[name]] * 2
+    assert (kept.phases[0].heads, dropped.phases[0].heads) == (ALL, ALL[:3])
+    assert f"{pictures + 1} pictures for training in {len(VIEW_SETS[name])} views" in reasons(dropped)
+    assert "no kNN" not in reasons(kept)
+
+
+@pytest.mark.parametrize(
     ("facts", "silent"),
     [
         ({}, "instead of"),
         ({}, "kNN"),
         ({}, "several labels"),
         ({}, "select pictures"),
-        ({"pictures": KNN_PICTURES}, "kNN"),
+        ({"pictures": KNN_VECTORS}, "kNN"),
         ({"task": "multi", "pictures": 10**6}, "no kNN"),
     ],
 )
@@ -96,26 +154,6 @@ def test_a_plan_cannot_be_changed():
 
 
 # Training by gradient
-
-import itertools  # noqa: E402
-import subprocess  # noqa: E402
-import sys  # noqa: E402
-
-from headstart import config as configs  # noqa: E402
-from headstart.config import EngineConfig  # noqa: E402
-from headstart.errors import UsageError  # noqa: E402
-from headstart.plan import (  # noqa: E402
-    EPOCHS,
-    LAYER_DECAY,
-    RATES,
-    Layout,
-    Pace,
-    Timing,
-    Train,
-    choose_batch_size,
-    settle,
-)
-from headstart.strategies import needs_features, trains  # noqa: E402
 
 LAYOUT = Layout("float32", channels_last=False)
 TRAINING = dataclasses.replace(USUAL, select=45, timing=Timing((Pace(LAYOUT, 0.02),)))
@@ -182,9 +220,9 @@ def test_a_strategy_is_its_phases(settings, strategy, phases):
 
 @pytest.mark.parametrize("task", ["single", "multi"])
 def test_the_head_that_is_fitted_before_fine_tuning_is_a_linear_one(task):
-    head, _ = training({"strategy": "lp-ft"}, task=task, pictures=KNN_PICTURES + 1).phases
+    head, _ = training({"strategy": "lp-ft"}, task=task, pictures=KNN_VECTORS + 1).phases
     assert head.heads == (("logistic",) if task == "multi" else ("logistic", "svm", "means"))
-    assert "kNN" not in reasons(training({"strategy": "lp-ft"}, pictures=KNN_PICTURES + 1))
+    assert "kNN" not in reasons(training({"strategy": "lp-ft"}, pictures=KNN_VECTORS + 1))
 
 
 def test_two_stages_are_the_head_alone_by_adam_and_then_what_the_settings_say():
@@ -361,7 +399,7 @@ def test_rates_of_nothing_go_with_a_rate_that_is_to_be_found(rates):
         ("svm", {}, "probe", ("svm",)),
         ("knn, logistic", {}, "probe", ("knn", "logistic")),
         ("svm,means,svm", {}, "auto", ("svm", "means")),
-        ("knn", {"pictures": KNN_PICTURES + 1}, "probe", ("knn",)),  # whoever asks for it gets it
+        ("knn", {"pictures": KNN_VECTORS + 1}, "probe", ("knn",)),  # whoever asks for it gets it
         ("logistic", {"task": "multi"}, "probe", ("logistic",)),
         ("means", {}, "lp-ft", ("means",)),
     ],

@@ -171,6 +171,39 @@ def test_a_prefix_that_fails_half_way_leaves_no_file_of_that_name(album, tmp_pat
     assert not (tmp_path / "a.npy").exists()
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="needs posix_fallocate")
+def test_a_disk_that_has_no_room_after_all_is_an_error_and_not_the_end_of_the_process(album, tmp_path, monkeypatch):
+    def refuse(file: int, start: int, size: int) -> None:
+        assert size == np.load(tmp_path / ".a.npy.partial").nbytes + 128
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with pytest.raises(TrainingError, match="No space left on device"):
+        prefix.keep(tmp_path / "a.npy", album, VARIED, mean_rows, 3, 4, 2**30)
+    assert not list(tmp_path.iterdir())
+
+
+def test_activations_of_both_roles_share_the_limit_and_leave_nothing_where_one_has_no_room(
+    shapes, tiny_weights, tmp_path, monkeypatch
+):
+    limits, kept = [], []
+    room = prefix.keep
+
+    def keep(file, *given):
+        limits.append(given[-1])
+        stored = None if len(limits) == 2 else room(file, *given)
+        kept.append((file.name, stored is not None and stored.nbytes, file.exists()))
+        return stored
+
+    monkeypatch.setattr(prefix, "keep", keep)
+    monkeypatch.setattr("headstart.training._tidy", lambda folder: None)
+    assert headstart.train(shapes, tmp_path / "run", **options(tiny_weights, epochs=1)) is not None
+    (small, size, there), (large, refused, _) = kept
+    assert (small, large, there, refused) == ("activations-0-select.npy", "activations-0-fit.npy", True, False)
+    assert limits[0] - limits[1] == size > 0
+    assert not list((tmp_path / "run").glob("activations-*"))
+
+
 # Training on them
 
 

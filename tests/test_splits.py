@@ -361,6 +361,53 @@ def test_a_split_that_was_written_is_read_with_the_data_again(tmp_path):
     assert roles == {sample.source: sample.role for sample in before.samples}
 
 
+# A part that is enough to try something on
+
+
+def enough(counts, pictures, of=1):
+    """How many pictures and groups of each class are drawn; `of` pictures in a group."""
+    samples = [
+        Sample(f"{label}{number}", (label,), f"{label} {number // of}")
+        for label, count in counts.items()
+        for number in range(count)
+    ]
+    groups = {sample.source: sample.group for sample in samples}
+    chosen = splits.draw_enough(samples, groups, pictures, seed=0)
+    assert len(chosen) == len(samples)
+    some = [sample for sample, is_chosen in zip(samples, chosen, strict=True) if is_chosen]
+    drawn = {label: {s.group for s in some if s.labels == (label,)} for label in counts}
+    return len(some), {label: len(units) for label, units in drawn.items()}
+
+
+def test_a_part_has_as_many_pictures_as_are_asked_for():
+    assert enough({"a": 60, "b": 40}, 20) == (20, {"a": 12, "b": 8})
+    assert enough({"a": 60, "b": 40}, 100)[0] == enough({"a": 60, "b": 40}, 1000)[0] == 100
+
+
+def test_of_many_classes_a_part_has_a_few_of_each():
+    pictures, units = enough({f"{number:03}": 20 for number in range(100)}, 100)
+    assert 4 * 100 <= pictures < 800 and min(units.values()) >= 3
+
+
+def test_of_large_groups_a_part_has_a_few_of_each_class():
+    pictures, units = enough({"a": 300, "b": 300}, 60, of=30)
+    assert pictures < 600 and min(units.values()) >= 4
+
+
+def test_rare_classes_do_not_make_a_part_the_whole():
+    assert enough({"a": 5000, "b": 2, "c": 1}, 100)[0] < 110
+
+
+def test_a_part_of_nothing_is_nothing():
+    assert splits.draw_enough([], {}, 10, 0) == []
+
+
+def test_what_was_chosen_by_can_be_given_back():
+    samples = in_roles([Sample(str(number), ("x",)) for number in range(3)], lambda n: ("fit", "select", "report")[n])
+    roles = [sample.role for sample in splits.give_select_to_fit(data_set(samples)).samples]
+    assert roles == ["fit", "fit", "report"]
+
+
 # Pictures to choose by
 
 

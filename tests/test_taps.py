@@ -125,6 +125,18 @@ def test_maps_with_their_channels_last_are_averaged_over_places_too():
     assert found.shape[1] == 24 + 4 * 24 + network.num_features
 
 
+def test_torchvisions_maps_with_their_channels_last_are_too():
+    torch.manual_seed(0)
+    network = models.SwinTransformer([4, 4], 24, [1, 1, 2, 2], [2, 2, 4, 4], [4, 4], num_classes=5).eval()
+    network.head = nn.Identity()
+    names = [block.name for block in find_blocks(network, 64)]
+    with torch.no_grad():
+        found = Tapped(network, [names[1]], 64)(pictures())
+        expected = network.features[1](network.features[0](pictures()))
+    assert names[1] == "features.1" and expected.shape == (2, 16, 16, 24)
+    torch.testing.assert_close(found, expected.mean((1, 2)))
+
+
 def test_a_torchvision_networks_blocks_are_tapped():
     torch.manual_seed(0)
     network = models.resnet18(weights=None).eval()

@@ -47,7 +47,7 @@ def test_a_class_with_one_picture_is_trained_on_warned_of_and_never_reported(tra
 
 
 def test_more_pictures_than_are_tuned_on_are_all_fitted_on(train, shapes, monkeypatch):
-    monkeypatch.setattr(heads, "TUNING_PICTURES", 15)
+    monkeypatch.setattr(heads, "TUNING_ROWS", 15)
     run = train(shapes)
     assert run.classifier.provenance["pictures"] == 30
     assert run.evaluation.metrics["accuracy"].n == 6
@@ -74,8 +74,43 @@ def test_without_leaks_nothing_is_said_of_them(train, shapes):
 def test_where_the_cache_cannot_be_written_the_run_folder_is_used(train, shapes, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("HEADSTART_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr("headstart.evidence.list_views", lambda *_: (("plain", "mirror"),))
     run = train(shapes)
-    assert list((run.path / "cache").glob("*/*.safetensors"))
+    assert len({file.parent for file in (run.path / "cache").glob("*/*.safetensors")}) == 3  # facts, and both views
+
+
+def test_groups_of_which_parts_would_hold_one_a_class_are_measured_all_the_same(
+    train, make_shapes, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("headstart.evidence.list_views", lambda *_: (("plain", "mirror"),))
+    for name in ("PICTURES", "VIEWED"):
+        monkeypatch.setattr(f"headstart.evidence.{name}", 12)
+    monkeypatch.setattr(heads, "TUNING_ROWS", 12)
+    rows = [
+        (str(path), path.parent.name, f"{path.parent.name} {int(path.stem) // 15}")
+        for path in sorted(make_shapes(tmp_path / "many", 90).rglob("*.png"))
+    ]
+    run = train(write_table(tmp_path / "table.csv", rows, ("image", "label", "group")))
+    assert run.plan.phases[0].folds == 5 and "log-loss by views" in "; ".join(run.plan.reasons)
+
+
+@pytest.mark.parametrize("settings", [{}, {"strategy": "probe"}, {"time_budget": "1m"}])
+def test_where_nothing_can_be_held_out_it_is_said_and_no_run_is_left(train, make_shapes, tmp_path, settings):
+    data = make_shapes(tmp_path / "data" / "train", 1).parent
+    make_shapes(data / "val", 4, first_seed=50)
+    with pytest.raises(DataError, match="none can be held out to choose by"):
+        train(data, **settings)
+    assert not (tmp_path / "run" / "config.toml").exists()
+
+
+def test_with_a_budget_a_given_part_that_is_too_small_to_choose_by_is_learned_from(train, make_shapes, tmp_path):
+    data = make_shapes(tmp_path / "data" / "train", 12).parent
+    make_shapes(data / "val", 6, first_seed=50)
+    make_shapes(data / "test", 4, first_seed=90)
+    run = train(data, time_budget="10m")
+    roles = [role for source, role in roles_of(run.path).items() if not source.startswith("test")]
+    assert roles == ["fit"] * 3 * 18
+    assert "too few pictures to keep 30 of them to choose by" in "; ".join(run.plan.reasons)
 
 
 def test_groups_stay_in_one_role_and_widen_the_intervals(train, shapes, tmp_path):

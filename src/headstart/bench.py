@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ from headstart.taps import see_blocks
 
 Judge = Callable[[Adapted, Callable[[], None]], dict[str, float]]
 KEPT_BATCH = 32  # kept activations that are looked at together
+LOOKED = 64  # pictures by which the time of a look is measured
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +78,17 @@ class Bench:
         size = self.backbone.spec.preprocess.size
         with torch.no_grad():
             return int(self.backbone.network(torch.zeros(1, 3, size, size)).shape[1])
+
+    @functools.cached_property
+    def look_seconds(self) -> float:
+        """Seconds in which a picture is decoded and goes through the network; 0 without pictures to choose by."""
+        some = self.dataset.of_role("select")[:LOOKED]
+        backbone = Backbone.of(self.backbone.spec.adapted(views=("plain",)), self.backbone.network)
+        embedder = embedders.prepare(backbone, self.device, self.precision)
+        start = time.perf_counter()
+        for _ in self.album(some).embed(range(len(some)), embedder):
+            pass
+        return (time.perf_counter() - start) / max(1, len(some))
 
     def begin(self, phase: Train, head: FittedHead | None) -> Adapted:
         """A model to be trained, on the device: the backbone, or nothing in its place on features, and a head.
@@ -178,17 +191,20 @@ class Bench:
         embedder = embedders.prepare(Backbone.of(bare, parts.prefix), self.device, self.precision)
         varied = augmentation.parse(settings.augment, settings.symmetry, spec.preprocess.size)
         plain = augmentation.parse("none", settings.symmetry, spec.preprocess.size)
-        stored = []
-        roles: dict[Role, tuple[int, Augmentation]] = {"fit": (settings.cached_views, varied), "select": (1, plain)}
+        # The large one last: where it is there, both are.
+        roles: dict[Role, tuple[int, Augmentation]] = {"select": (1, plain), "fit": (settings.cached_views, varied)}
+        stored, limit = {}, settings.disk_mebibytes * 2**20
         for role, (views, variation) in roles.items():
-            file, album = _place(folder, number, role), self.album(self.dataset.of_role(role))
-            limit, kept = settings.disk_mebibytes * 2**20, None
+            file, album, kept = _place(folder, number, role), self.album(self.dataset.of_role(role)), None
             if self.world.first:
                 kept = prefix.keep(file, album, variation, embedder, self.seed, views, limit)
             if not self.world.tell(kept is not None):
+                if self.world.first:
+                    _place(folder, number, "select").unlink(missing_ok=True)
                 return None
-            stored.append(np.load(file, mmap_mode="r"))
-        return Adapted(parts.suffix, adapted.head), stored[0], stored[1]
+            stored[role] = np.load(file, mmap_mode="r")
+            limit -= stored[role].nbytes
+        return Adapted(parts.suffix, adapted.head), stored["fit"], stored["select"]
 
     def show_pictures(self, samples: Sequence[Sample], phase: Train) -> Material:
         """What a phase is shown of pictures, varied as its settings say."""

@@ -18,7 +18,7 @@ from headstart import backbones, embedders, evidence, metrics, quality, reading,
 from headstart import config as configs
 from headstart.backbones import Located
 from headstart.config import RunConfig
-from headstart.data import Dataset, Sample
+from headstart.data import Dataset
 from headstart.features import Track
 from headstart.loading import BATCH_SIZE
 from headstart.metrics import Comparison, Estimate
@@ -42,7 +42,7 @@ class Ranked:
     log_loss: float
     milliseconds: float  # a picture, forward pass alone, on one core or the device
     megabytes: float  # of its weights
-    behind: Comparison | None  # how much more accurate the best one is; None for that one
+    behind: Comparison | None  # how much more accurate the first one is; None for that one
     file: str = ""  # of the user's weights
 
 
@@ -65,10 +65,11 @@ def rank(data: Data, *, track: Track = lambda pictures, total: pictures, **setti
     audit = quality.inspect(dataset, survey.digests, survey.facts, survey.unreadable)
     dataset = splits.assign_roles(audit.clean, audit.groups, config.train.report_share, config.train.seed)
     fitted = tuple(sample for sample in dataset.samples if sample.role != "report")
-    if len(fitted) > PICTURES:
-        chosen = splits.draw_part(fitted, audit.groups, PICTURES / len(fitted), config.train.seed)
-        fitted = tuple(sample for sample, is_chosen in zip(fitted, chosen, strict=True) if is_chosen)
+    chosen = splits.draw_enough(fitted, audit.groups, PICTURES, config.train.seed)
+    fitted = tuple(sample for sample, is_chosen in zip(fitted, chosen, strict=True) if is_chosen)
     dataset = dataset.with_samples(fitted)
+    folds = splits.count_folds(fitted, audit.groups, config.train.folds)
+    splits.demand_folds(dataset, folds)
     found: list[tuple[Ranked, NDArray[np.bool_]]] = []
     pace = 0.0  # seconds a byte of weights, which grow with the work that they do
     for located in find_at_hand(config):
@@ -77,7 +78,7 @@ def rank(data: Data, *, track: Track = lambda pictures, total: pictures, **setti
             log.info("%s: not measured, there is no time left", located.spec.name)
             continue
         log.info("%s:", located.spec.name)
-        ranked, hits = _judge(located, dataset, fitted, audit.groups, config, track)
+        ranked, hits = _judge(located, dataset, audit.groups, folds, config, track)
         own = config.model.weights if located.file == Path(config.model.weights) else ""
         found.append((dataclasses.replace(ranked, file=own), hits))
         pace = max(pace, (time.perf_counter() - begun) / size)
@@ -90,8 +91,12 @@ def rank(data: Data, *, track: Track = lambda pictures, total: pictures, **setti
 
 
 def recommend(ranked: Sequence[Ranked]) -> Ranked:
-    """The fastest of the networks that are as accurate as the best one, for all that can be told."""
-    equal = [entry for entry in ranked if entry.behind is None or entry.behind.p_value > EQUAL]
+    """The fastest of the networks that are as accurate as the first one, or more, for all that can be told."""
+    equal = [
+        entry
+        for entry in ranked
+        if entry.behind is None or entry.behind.p_value > EQUAL or entry.behind.difference.value < 0
+    ]
     return min(equal, key=lambda entry: entry.milliseconds)
 
 
@@ -108,17 +113,16 @@ def find_at_hand(config: RunConfig) -> list[Located]:
 def _judge(
     located: Located,
     dataset: Dataset,
-    samples: Sequence[Sample],
     groups: Mapping[str, str],
+    folds: int,
     config: RunConfig,
     track: Track,
 ) -> tuple[Ranked, NDArray[np.bool_]]:
     """(a network, n booleans: which pictures it was right on, out of fold)."""
     backbone = backbones.load(located)
     view = views.look(dataset, located.spec, lambda: backbone, config, track)
-    phase = FitHead(evidence.KIND, splits.count_folds(samples, groups, config.train.folds))
-    table = evidence.Table(samples, dataset, groups, phase, config.train.seed)
-    head = table.fit(view.rows(samples), evidence.KIND)
+    table = evidence.Table(dataset.samples, dataset, groups, FitHead(evidence.KIND, folds), config.train.seed)
+    head = table.fit(view.rows(dataset.samples), evidence.KIND)
     hits = table.are_right(head)
     best = head.candidates[0]
     accuracy = metrics.wilson(int(hits.sum()), len(hits))

@@ -78,7 +78,11 @@ def ranking(ranked: Sequence[Ranked], chosen: Ranked, data: str) -> str:
             f"{entry.name:<{width}}  accuracy {entry.accuracy}  log-loss {entry.log_loss:.3f}  "
             f"{entry.milliseconds:.1f} ms a picture  {entry.megabytes:.0f} MB{behind}"
         )
-    why = "the most accurate" if chosen is ranked[0] else "as accurate as the best for all that can be told, and faster"
+    why = (
+        "the least log-loss"
+        if chosen is ranked[0]
+        else "no less accurate than the first for all that can be told, and faster"
+    )
     own = f" --weights {shown(chosen.file)}" if chosen.file else ""
     lines += ["", f"recommended: {chosen.name}, {why}", f"  headstart train {data} --backbone {chosen.name}{own}"]
     return "\n".join(lines)

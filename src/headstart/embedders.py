@@ -36,7 +36,9 @@ log = logging.getLogger(__name__)
 
 Engine = Literal["torch", "openvino"]
 GRAPHS = "compiled"  # the folder of compiled networks in a cache of features
-ZOOM = 0.8  # share of a side that an enlarged view shows: 0.65 helped some sets more and hurt X-rays
+# Share of a side that an enlarged view shows: 0.65 helped some sets more and hurt X-rays. Models and caches know the
+# view by its name alone: another share would have to be another view.
+ZOOM = 0.8
 LEAST_COSINE = {"float32": 0.9999, "bfloat16": 0.99, "float16": 0.99}  # to the plain network's features
 LEAST_GAIN = 1.1  # for less, a second engine is not worth its features of other bits
 # From so many pictures a trial pays: on two cores, EfficientNet-Lite0's took 3 s and saved 1.7 ms of each picture.

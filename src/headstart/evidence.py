@@ -9,7 +9,7 @@ import dataclasses
 import json
 import logging
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +25,11 @@ from headstart.files import write_whole
 from headstart.heads import FittedHead
 from headstart.images import View as ViewName
 from headstart.plan import FitHead
+from headstart.processes import World
 from headstart.taps import find_depths
 from headstart.verdicts import (
     FINAL,
+    VIEW_SETS,
     Curve,
     Evidence,
     Variant,
@@ -44,7 +46,8 @@ log = logging.getLogger(__name__)
 KIND = ("logistic",)  # the head that depths and views are compared by
 PICTURES = 2_000  # that variants are compared on: more move the choice little
 VIEWED = 1_000  # pictures that other views are tried on: 400 misled on X-rays
-ROOM_BYTES = 2**30  # that features of several views may take
+ROOM_BYTES = 2**30  # that features of several views, and a head's answers to them, may take
+LARGEST_SET = max(map(len, VIEW_SETS.values()))
 SHARES = (1 / 8, 1 / 4, 1 / 2)  # of the pictures, for the learning curve
 ENOUGH = 16  # pictures that the least share must have
 
@@ -113,8 +116,11 @@ def gather(
     look: Callable[[Spec, Sequence[Sample]], View],
     symmetry: str,
     wanted: str = "auto",
+    world: World = World(),
 ) -> Sight:
     """The depths and views that tell the classes of some pictures apart best.
+
+    Of several processes each one measures, as all are needed to look at pictures, and the first one's figures count.
 
     Args:
         table: the pictures.
@@ -124,10 +130,12 @@ def gather(
         look: (network with a single view, pictures) -> that view of them.
         symmetry: what leaves a picture's meaning alone.
         wanted: views, as they are set; auto: those that are found to be best.
+        world: this process among others.
     """
-    variants = weigh_depths(table, rows(table.samples), depths)
+    variants = world.tell(weigh_depths(table, rows(table.samples), depths))
     chosen = choose_variant(variants)
     columns = depths.columns(chosen.taps)
+    seen: defaultdict[ViewName, dict[str, NDArray[np.float32]]] = defaultdict(dict)  # source -> row, of the last look
 
     def plain(samples: Sequence[Sample]) -> NDArray[np.float32]:
         return np.ascontiguousarray(rows(samples)[:, columns])
@@ -135,11 +143,18 @@ def gather(
     def see(samples: Sequence[Sample], view: ViewName) -> NDArray[np.float32]:
         if view == "plain":
             return plain(samples)
-        return np.ascontiguousarray(look(spec.adapted(views=(view,)), samples).rows(samples)[:, columns])
+        if not {sample.source for sample in samples} <= seen[view].keys():
+            found = look(spec.adapted(views=(view,)), samples).rows(samples)
+            seen[view] = dict(zip([sample.source for sample in samples], np.ascontiguousarray(found[:, columns])))
+        return np.stack([seen[view][sample.source] for sample in samples])
 
     matrix, common = plain(table.samples), table.common()
-    sets = list_views(chosen, symmetry, common, ROOM_BYTES // matrix.nbytes) if wanted == "auto" else ()
-    found = Evidence(variants, weigh_views(table, see, sets, chosen.taps), draw_curve(table, matrix, chosen), common)
+    most = ROOM_BYTES // (matrix.itemsize * len(matrix) * (matrix.shape[1] + len(table.dataset.classes)))
+    sets = list_views(chosen, symmetry, common, most) if wanted == "auto" else ()
+    if most < LARGEST_SET and wanted == "auto":
+        log.info("views: there is memory for the features of %d at most", max(1, most))
+    weighed = weigh_views(table, see, sets, chosen.taps)
+    found = world.tell(Evidence(variants, weighed, draw_curve(table, matrix, chosen), common))
     views = choose_views(found.views, wanted)
 
     def stack(samples: Sequence[Sample]) -> NDArray[np.float32]:
@@ -194,14 +209,18 @@ class Table:
             return 0.0
         return max(Counter(sample.labels for sample in self.samples).values()) / len(self.samples)
 
-    def part(self, share: float) -> tuple[Table, NDArray[np.int64]]:
+    def part(self, pictures: int) -> tuple[Table, NDArray[np.int64]]:
+        """(about so many of the samples, or more where classes are many or groups large; their places)."""
+        return self.take(splits.draw_enough(self.samples, self.groups, pictures, self.seed))
+
+    def share(self, share: float) -> tuple[Table, NDArray[np.int64]]:
         """(a stratified share of the samples, their places)."""
-        if share >= 1:
-            return self, np.arange(len(self.samples))
-        chosen = splits.draw_part(self.samples, self.groups, share, self.seed)
+        return self.take(splits.draw_part(self.samples, self.groups, share, self.seed))
+
+    def take(self, chosen: Sequence[bool]) -> tuple[Table, NDArray[np.int64]]:
+        """(the samples that are chosen, their places)."""
         some = [sample for sample, is_chosen in zip(self.samples, chosen, strict=True) if is_chosen]
-        places = np.flatnonzero(chosen)
-        return Table(some, self.dataset, self.groups, self.phase, self.seed), places
+        return dataclasses.replace(self, samples=some), np.flatnonzero(chosen)
 
 
 def weigh_depths(table: Table, matrix: NDArray[np.float32], depths: Depths) -> tuple[Variant, ...]:
@@ -212,7 +231,7 @@ def weigh_depths(table: Table, matrix: NDArray[np.float32], depths: Depths) -> t
         matrix: their features at all depths, (n, sum of widths).
         depths: the depths.
     """
-    some, places = table.part(PICTURES / len(table.samples))
+    some, places = table.part(PICTURES)
     found = []
     for taps in depths.choices:
         head = some.fit(matrix[places][:, depths.columns(taps)], KIND)
@@ -236,7 +255,7 @@ def weigh_views(
     """
     if not sets:
         return ()
-    some, _ = table.part(max(VIEWED, 4 * len(table.dataset.classes)) / len(table.samples))  # folds need some of each
+    some, _ = table.part(VIEWED)
     seen = {view: see(some.samples, view) for view in dict.fromkeys(view for views in sets for view in views)}
     found = []
     for views in (("plain",), *sets):
@@ -257,15 +276,16 @@ def draw_curve(table: Table, matrix: NDArray[np.float32], whole: Variant) -> Cur
         matrix: their features, (n, dim).
         whole: what cross-validation gave for these features.
     """
-    table, chosen = table.part(PICTURES / len(table.samples))
+    table, chosen = table.part(PICTURES)
     matrix, n, classes = matrix[chosen], len(table.samples), table.dataset.classes
     if table.dataset.task != "single" or n * SHARES[0] < max(ENOUGH, 2 * len(classes)):
         return None
     targets = evaluation.encode(table.samples, classes).argmax(1)
     points: list[tuple[int, float]] = []
     for share in SHARES:
-        some, places = table.part(share)
-        if len({sample.labels for sample in some.samples}) < len(classes):
+        some, places = table.share(share)
+        every = len({sample.labels for sample in some.samples}) == len(classes)
+        if not every or not all(splits.can_be_held_out(some.samples, table.groups)):
             return None
         head = some.fit(matrix[places], KIND)
         others = np.setdiff1d(np.arange(n), places)

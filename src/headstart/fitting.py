@@ -67,10 +67,9 @@ def fit_heads(
     """The best head on the features (n, dim) of some pictures, chosen by cross-validation."""
     held_out = splits.can_be_held_out(fitted, groups)
     tuned = [sample for sample, can_be in zip(fitted, held_out, strict=True) if can_be]
-    if len(tuned) > heads.TUNING_PICTURES:
-        parts = -(-len(tuned) // heads.TUNING_PICTURES)
-        slices = splits.assign_folds(tuned, groups, parts, seed + 1)
-        tuned = [sample for sample, part in zip(tuned, slices, strict=True) if part == 0]
+    views = matrix.shape[1] if matrix.ndim == 3 else 1
+    chosen = splits.draw_enough(tuned, groups, heads.TUNING_ROWS // views, seed + 1)
+    tuned = [sample for sample, is_chosen in zip(tuned, chosen, strict=True) if is_chosen]
     numbers = splits.assign_folds(tuned, groups, phase.folds, seed)
     fold_of = dict(zip((sample.source for sample in tuned), numbers, strict=True))
     folds = [fold_of.get(sample.source, -1) for sample in fitted]
@@ -224,7 +223,7 @@ def measure_pace(bench: Bench, phase: Train, config: RunConfig, folder: Path) ->
         None if chosen_cache == "none" else cache / "layouts",
         activations,
     )
-    return dataclasses.replace(pace, name=phase.name)
+    return dataclasses.replace(pace, name=phase.name, look_seconds=bench.look_seconds if phase.name else 0.0)
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from headstart.metrics import find_temperature
 
 KINDS = ("logistic", "svm", "means", "knn")
-# Strengths are tuned on at most so many pictures: more move the choice little and cost much.
-TUNING_PICTURES = 10_000
+# Strengths are tuned on about so many rows of features at most: more move the choice little and cost much.
+TUNING_ROWS = 10_000
+QUERIES = 1024  # that are compared with all training features at once
 HISTORY, MOST_STEPS, MOST_HALVINGS, TOLERANCE = 10, 300, 12, 1e-7  # of L-BFGS
 QUIET_STEPS = 2  # after so many steps without a gain a fold stands still
 NOISE = 1e-7  # of a mean of losses in float32, whose logits have seven digits
@@ -53,8 +54,8 @@ class NearestNeighbours(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Logits (n, classes) of features (n, dim)."""
         queries = nn.functional.normalize((features - self.mean) / self.scale, dim=1)
-        nearest = (queries @ self.vectors.T).topk(self.k, dim=1).indices
-        return _vote(self.labels[nearest], self.classes, [self.k])[0]
+        found = [(part @ self.vectors.T).topk(self.k, dim=1).indices for part in torch.split(queries, QUERIES)]
+        return _vote(self.labels[torch.cat(found)], self.classes, [self.k])[0]
 
 
 def make_head(kind: str, dim: int, classes: int, hidden: int = 512, dropout: float = 0.5) -> nn.Module:
@@ -410,7 +411,7 @@ def _tune_knn(problem: _Problem) -> _Trial:
     numbers = [k for k in (1, 3, 5, 9, 15, 25, 51) if k <= smallest]
     x = nn.functional.normalize(problem.x, dim=1)
     votes: list[list[Tensor]] = []
-    for rows in torch.split(torch.arange(len(x)), 1024):
+    for rows in torch.split(torch.arange(len(x)), QUERIES):
         likeness = x[rows] @ x.T
         likeness[problem.fold[rows][:, None] == problem.fold] = -math.inf
         nearest = likeness.topk(numbers[-1], dim=1).indices

@@ -199,11 +199,12 @@ def _losses(
 
 
 def choose(arms: Sequence[Arm], groups: Sequence[str]) -> tuple[Arm, str]:
-    """(the arm to take, why): the first, unless another's log-loss is surely lower, and worth it.
+    """(the arm to take, why): the first, unless another's log-loss is clearly lower, and worth it.
 
-    Arms with as many views are equally dear, and the best of them stands for them; the dearer has to be surely better
-    than what was held until then. Surely: by more than `ERRORS` standard errors of the mean difference over groups,
-    and by more than a share of `WORTH` of the loss.
+    Arms with as many views are equally dear, and the best of them stands for them; the dearer has to be clearly better
+    than what was held until then. Clearly: by more than `ERRORS` standard errors of the mean difference over groups,
+    and by more than a share of `WORTH` of the loss. The best of several was in luck, too, so this is no test with a
+    p-value.
 
     Args:
         arms: the cheapest first.
@@ -214,10 +215,10 @@ def choose(arms: Sequence[Arm], groups: Sequence[str]) -> tuple[Arm, str]:
         dearer = [arm for arm in arms[1:] if len(arm.views) == count]
         best = min(dearer, key=lambda arm: float(arm.losses.mean()))
         gain, error = _gain(held.losses - best.losses, groups)
-        sure = gain > max(ERRORS * error, WORTH * float(held.losses.mean()))
-        verdict = "surely lower" if sure else "not surely lower"
+        clear = gain > max(ERRORS * error, WORTH * float(held.losses.mean()))
+        verdict = "clearly lower" if clear else "not clearly lower"
         lines.append(f"{best} against {held}: lower by {gain:.3f}, standard error {error:.3f}: {verdict}")
-        held = best if sure else held
+        held = best if clear else held
     return held, "; ".join((*lines, f"{str(held).partition(':')[0]} is taken, by {len(groups)} select pictures"))
 
 

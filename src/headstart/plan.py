@@ -38,6 +38,7 @@ from headstart.verdicts import (
     describe_evidence,
     find_boundary,
     is_scratch_worth_trying,
+    show_time,
     weigh_time,
 )
 
@@ -45,8 +46,9 @@ if TYPE_CHECKING:
     from headstart.images import View
 
 HEADS = ("logistic", "svm", "means", "knn")
+LINEAR_HEADS = HEADS[:3]
 DEEP_HEADS = ("logistic", "means")  # on features of several depths: the others take long and were never the best
-KNN_PICTURES = 20_000  # with more, a model that holds all training features is no longer small
+KNN_VECTORS = 20_000  # of features, one for each view of a picture: a model that holds more is no longer small
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class Pace:
     layout: Layout
     seconds: float  # of a training step, for each of its pictures
     name: str = ""  # of what is trained
+    look_seconds: float = 0.0  # of a picture's way through the network when a model is measured; 0: not needed
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,7 @@ class Situation:
     precision: str  # of features and predictions
     timing: Timing = Timing()
     evidence: Evidence | None = None  # where it was gathered
+    report: int = 0  # of the role `report`
 
 
 @dataclass(frozen=True)
@@ -208,37 +212,53 @@ def decide(situation: Situation, config: RunConfig) -> Plan:
 
 
 def _plan_head(s: Situation, config: RunConfig, linear: bool, reasons: list[str]) -> FitHead:
-    heads: tuple[str, ...] = HEADS
-    if config.train.heads:
-        heads = _read_heads(config.train.heads, s.task, linear)
-        reasons.append(f"heads {', '.join(heads)}: as set")
-    elif s.task == "multi":
-        heads = ("logistic",)
-        reasons.append("several labels a picture: one logistic regression for each label")
-    elif linear:
-        heads = ("logistic", "svm", "means")
-    elif s.pictures > KNN_PICTURES:
-        heads = ("logistic", "svm", "means")
-        reasons.append(
-            f"{s.pictures} pictures for training, over {KNN_PICTURES}: no kNN, its model would hold them all"
-        )
+    taps, views = read_taps(config) or (FINAL,), ("plain",) if trains(config) else read_views(config)
+    said: list[str] = []
+    if s.evidence is not None:
+        taps = choose_variant(s.evidence.variants).taps
+        views = choose_views(s.evidence.views, config.model.views)
+        said = describe_evidence(s.evidence)
+    deep = s.evidence is not None and taps != (FINAL,)
+    heads, why = _choose_heads(s, config, linear, deep, len(views))
+    reasons += why
     if s.folds < config.train.folds:
         cause = f"the smallest class has {s.smallest_class}" if s.smallest_class <= s.folds else "groups allow no more"
         reasons.append(f"{s.folds} folds instead of {config.train.folds}: {cause}")
-    if s.evidence is None:
-        return FitHead(
-            heads, s.folds, read_taps(config) or (FINAL,), ("plain",) if trains(config) else read_views(config)
-        )
-    variant = choose_variant(s.evidence.variants)
-    reasons += describe_evidence(s.evidence)
-    if variant.taps != (FINAL,):
-        heads = tuple(head for head in heads if head in DEEP_HEADS) or heads
-    return FitHead(heads, s.folds, variant.taps, choose_views(s.evidence.views, config.model.views))
+    reasons += said
+    return FitHead(heads, s.folds, taps, views)
+
+
+def _choose_heads(
+    s: Situation, config: RunConfig, linear: bool, deep: bool, views: int
+) -> tuple[tuple[str, ...], list[str]]:
+    """(the kinds of heads that compete, why where that is not all of them).
+
+    Args:
+        s: the facts.
+        config: the settings.
+        linear: whether weights are trained on from the head.
+        deep: whether evidence chose features of other depths than the network's own.
+        views: of each picture.
+    """
+    if config.train.heads:
+        heads = _read_heads(config.train.heads, s.task, linear)
+        return heads, [f"heads {', '.join(heads)}: as set"]
+    if s.task == "multi":
+        return HEADS[:1], ["several labels a picture: one logistic regression for each label"]
+    if linear:
+        return LINEAR_HEADS, []
+    if deep:
+        why = "on features of several depths the others take long, and were never the best"
+        return DEEP_HEADS, [f"heads {', '.join(DEEP_HEADS)}: {why}"]
+    if s.pictures * views > KNN_VECTORS:
+        what = f"{s.pictures} pictures for training" + (f" in {views} views" if views > 1 else "")
+        return LINEAR_HEADS, [f"{what}, over {KNN_VECTORS}: no kNN, its model would hold them all"]
+    return HEADS, []
 
 
 def _read_heads(text: str, task: Task, linear: bool) -> tuple[str, ...]:
     heads = tuple(dict.fromkeys(filter(None, (head.strip() for head in text.split(",")))))
-    allowed = HEADS[:1] if task == "multi" else HEADS[:3] if linear else HEADS
+    allowed = HEADS[:1] if task == "multi" else LINEAR_HEADS if linear else HEADS
     for head in heads or ("",):
         if head not in allowed:
             why = f"{head!r} is no kind of head" if head not in HEADS else f"{head!r} does not go with this plan"
@@ -257,6 +277,9 @@ def _plan_training(s: Situation, strategy: Strategy, config: RunConfig, reasons:
         reasons.append("only the head is trained, and pictures are not varied: on features, computed once")
         return [Train(settings, layout, start, "features", views=views)]
     reasons.append(f"training in {layout}")
+    if pace is not None:
+        seconds = settings.epochs * s.pictures * pace.seconds
+        reasons.append(f"{settings.epochs} epochs of {s.pictures} pictures: about {show_time(seconds)}")
     last = Train(settings, layout, start, views=views)
     if strategy != "two-stage":
         return [last]
@@ -290,11 +313,14 @@ def _plan_further(s: Situation, evidence: Evidence, config: RunConfig, first: Ph
     learned = dataclasses.replace(s, pictures=s.pictures - s.select)
     left = math.inf if s.timing.seconds_left is None else s.timing.seconds_left
     phases: list[Train] = []
+    last = Choose(read_shares(config.train.interpolation), _list_views(config, first))
+    seen = {view for views in last.views for view in views}
+    looks = s.select * len(last.shares) * len(seen) + s.report * max(map(len, last.views))
     pace = Pace(UNMEASURED, 0.0)
     for phase, least in _list_trainings(learned, evidence, config.engine, reasons):
         # What was not measured yet is dearer than what was: it is measured where there is ample time for it.
-        pace = s.timing.pace(phase.name) or Pace(UNMEASURED, DEARER * pace.seconds)
-        outlook = Outlook(learned.pictures, s.select, pace.seconds, left)
+        pace = s.timing.pace(phase.name) or Pace(UNMEASURED, DEARER * pace.seconds, "", pace.look_seconds)
+        outlook = Outlook(learned.pictures, s.select, pace.seconds, left, pace.look_seconds, looks)
         epochs, why = weigh_time(phase.name, outlook, phase.settings.epochs, least)
         reasons.append(why)
         if epochs:
@@ -302,7 +328,6 @@ def _plan_further(s: Situation, evidence: Evidence, config: RunConfig, first: Ph
             of_epochs = None if math.isinf(left) else seconds - outlook.take(0)
             phases.append(dataclasses.replace(phase, settings=settings, layout=pace.layout, seconds=of_epochs))
             left -= seconds
-    last = Choose(read_shares(config.train.interpolation), _list_views(config, first))
     return [*(_give(phase, left / len(phases)) for phase in phases), last] if phases else []
 
 

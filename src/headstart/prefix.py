@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -166,6 +167,9 @@ def keep(
     partial = file.with_name(f".{file.name}.partial")
     try:
         stored = np.lib.format.open_memmap(partial, "w+", np.float16, shape)
+        if hasattr(os, "posix_fallocate"):  # else a disk that fills up meanwhile would end the process
+            with partial.open("r+b") as whole:
+                os.posix_fallocate(whole.fileno(), 0, partial.stat().st_size)
         for rows, values in _compute_all(album, augmentation, compute, seed, views):
             stored[rows] = np.clip(values, -LARGEST, LARGEST)
         stored.flush()
@@ -173,6 +177,7 @@ def keep(
         partial.replace(file)
         sync(file.parent)
     except OSError as error:
+        partial.unlink(missing_ok=True)
         why = f"cannot be written ({error.strerror}): {needed / 1e6:.0f} MB are needed"
         raise TrainingError(file, why, "Free some space, or leave --cached-views out.") from error
     return np.load(file, mmap_mode="r")  # type: ignore[no-any-return]

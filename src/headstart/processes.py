@@ -59,7 +59,7 @@ class World:
         return value
 
     def tell(self, value: T) -> T:
-        """What the first process says: every process gets its value, which may be any JSON value."""
+        """What the first process says: every process gets its value, of whatever can be pickled."""
         if self.size == 1:
             return value
         from torch import distributed

@@ -6,13 +6,16 @@ import csv
 import dataclasses
 import hashlib
 import io
+import statistics
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from headstart.data import Dataset, Role, Sample, Task
+from headstart.errors import DataError
 
 COLUMNS = ("source", "label", "group", "role")
+FEW = 4  # pictures or groups of a class
 
 
 def assign_roles(dataset: Dataset, groups: Mapping[str, str], report_share: float, seed: int) -> Dataset:
@@ -51,9 +54,33 @@ def assign_select(dataset: Dataset, groups: Mapping[str, str], share: float, see
     )
 
 
+def give_select_to_fit(dataset: Dataset) -> Dataset:
+    """The data set with nothing in `select`: its pictures are in `fit`."""
+    return dataset.with_samples(
+        dataclasses.replace(sample, role="fit") if sample.role == "select" else sample for sample in dataset.samples
+    )
+
+
 def draw_part(samples: Sequence[Sample], groups: Mapping[str, str], share: float, seed: int) -> list[bool]:
     """Whether each sample is in a share of them, stratified and grouped; every class is, where it has two or more."""
     return [part == 0 for part in _deal(samples, groups, (share, 1.0 - share), seed, at_least_one=True)]
+
+
+def draw_enough(samples: Sequence[Sample], groups: Mapping[str, str], pictures: int, seed: int) -> list[bool]:
+    """Whether each sample is in a part of about so many, stratified and grouped, by which something can be tried.
+
+    It is larger where the classes of most pictures would have fewer than four pictures or groups there: held out, one
+    of one or two says nothing.
+    """
+    share = pictures / max(1, len(samples))
+    while share < 1:
+        chosen = draw_part(samples, groups, share, seed)
+        units = _count_units([sample for sample, is_chosen in zip(samples, chosen, strict=True) if is_chosen], groups)
+        counts = [units.get(label, 0) for sample in samples for label in sample.labels]
+        if statistics.median_low(counts or [FEW]) >= FEW:
+            return chosen
+        share *= 1.5
+    return [True] * len(samples)
 
 
 def assign_folds(samples: Sequence[Sample], groups: Mapping[str, str], folds: int, seed: int) -> list[int]:
@@ -65,6 +92,17 @@ def count_folds(samples: Sequence[Sample], groups: Mapping[str, str], wanted: in
     """As many folds as wanted, fewer where a class has fewer pictures or groups; 0 where nothing can be held out."""
     several = [count for count in _count_units(samples, groups).values() if count > 1]
     return min([wanted, *several]) if several else 0
+
+
+def demand_folds(dataset: Dataset, folds: int) -> None:
+    """There is something to cross-validate with.
+
+    Raises:
+        DataError: where nothing can be held out.
+    """
+    if not folds:
+        why = "has no class with two pictures or groups for training: none can be held out to choose by"
+        raise DataError(dataset.root, why, "Add pictures, or give smaller groups.")
 
 
 def can_be_held_out(samples: Sequence[Sample], groups: Mapping[str, str]) -> list[bool]:
@@ -99,7 +137,9 @@ def _deal(
         units[groups.get(sample.source, "\0" + sample.source)].append(index)
     order = sorted(units, key=lambda name: hashlib.sha256(f"{seed}\0{name}".encode("utf-8", "surrogatepass")).digest())
     contents = {name: Counter(label for i in units[name] for label in samples[i].labels or ("",)) for name in order}
-    totals: Counter[str] = sum(contents.values(), Counter())
+    totals: Counter[str] = Counter()
+    for content in contents.values():
+        totals.update(content)
     lacks = {label: [share * total for share in shares] for label, total in totals.items()}
     if at_least_one:
         _reserve(lacks, contents)

@@ -15,6 +15,8 @@ from headstart.config import did_you_mean
 from headstart.errors import UsageError
 from headstart.verdicts import FINAL
 
+CHANNELS_LAST = "torchvision.models.swin_transformer"  # where networks do not say that their maps are so
+
 
 class Tapped(nn.Module):
     """A network whose features are the pooled outputs of some of its blocks, side by side: (n, sum of widths).
@@ -40,7 +42,7 @@ class Tapped(nn.Module):
                 why = f"{tap!r} is no block of the network{did_you_mean(tap, names)}"
                 raise UsageError("taps", why, f"Blocks: {list_names(names)}.")
         self.inner, self.taps = inner, tuple(taps)
-        self._last = getattr(inner, "output_fmt", "NCHW") == "NHWC"
+        self._last = getattr(inner, "output_fmt", "NCHW") == "NHWC" or type(inner).__module__ == CHANNELS_LAST
         self._caught = _Shelf()
         for tap in taps:
             if tap != FINAL:

@@ -60,6 +60,7 @@ log = logging.getLogger(__name__)
 
 Data = str | os.PathLike[str] | Dataset
 T = TypeVar("T")
+SPARE = "cache"  # the folder in a run's for features that the default cache cannot take
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,9 +145,9 @@ def _conduct(
     from headstart.bench import embed
 
     audit, dataset = _deal(given, view.survey, config)
-    sight = _weigh(dataset, network, view, audit, config, track, world)
+    sight = _weigh(folder, dataset, network, view, audit, config, track, world)
     if strategies.may_train_further(config):
-        sight.rows(dataset.of_role("fit", "select"))  # computed before it is asked how much time is left
+        sight.rows(dataset.samples)  # computed before it is asked how much time is left
     clock.mark("evidence")
     bench = _set_up(dataset, network, view, sight, config, world)
     chosen = _decide(folder, bench, audit, config, view, sight, clock)
@@ -315,7 +316,7 @@ def _quietly(items: Iterable[T], total: int) -> Iterable[T]:
 
 def _look(folder: RunFolder, given: Dataset, network: Network, config: RunConfig, track: Track, world: World) -> View:
     """The facts of all pictures, and their features where a phase needs them."""
-    spare = folder.path / "cache"
+    spare = folder.path / SPARE
     if strategies.needs_features(config):
         return views.look(given, network.spec, network.load, config, track, spare, world=world)
     return views.without_features(views.survey(given, config, track, spare, world), config, world)
@@ -329,7 +330,7 @@ def _deal(given: Dataset, survey: Survey, config: RunConfig) -> tuple[Audit, Dat
         whole = dataset
         dataset = splits.assign_select(dataset, audit.groups, config.train.select_share, config.train.seed)
         if not strategies.trains(config) and not _can_choose(whole, dataset, audit, config):
-            dataset = whole  # heads are fitted on all
+            dataset = splits.give_select_to_fit(whole)
         elif not dataset.of_role("select"):
             why = "has too few pictures to keep any to choose by"
             raise DataError(given.root, why, "Add pictures, or give --strategy probe.")
@@ -350,15 +351,20 @@ def _deal(given: Dataset, survey: Survey, config: RunConfig) -> tuple[Audit, Dat
 
 def _can_choose(whole: Dataset, parted: Dataset, audit: Audit, config: RunConfig) -> bool:
     """Whether pictures that are kept to choose by are enough, and leave enough of each class to cross-validate on."""
-    folds = [
-        splits.count_folds(samples, audit.groups, config.train.folds)
-        for samples in (whole.of_role("fit", "select"), parted.of_role("fit"))
-    ]
+    every, left = whole.of_role("fit", "select"), parted.of_role("fit")
+    folds = [splits.count_folds(samples, audit.groups, config.train.folds) for samples in (every, left)]
     return len(parted.of_role("select")) >= LEAST_SELECT and folds[0] == folds[1]
 
 
 def _weigh(
-    dataset: Dataset, network: Network, view: View, audit: Audit, config: RunConfig, track: Track, world: World
+    folder: RunFolder,
+    dataset: Dataset,
+    network: Network,
+    view: View,
+    audit: Audit,
+    config: RunConfig,
+    track: Track,
+    world: World,
 ) -> Sight:
     """The depths and views that heads are fitted on: chosen by evidence, or as the settings say."""
     from headstart import evidence
@@ -369,15 +375,17 @@ def _weigh(
         return evidence.Sight(network.spec, None, stack)
     phase = plan.decide(_situate(dataset, audit, config, view), config).phases[0]
     assert isinstance(phase, FitHead)
+    splits.demand_folds(dataset, phase.folds)
     fitted = dataset.of_role("fit", "select")
     table = evidence.Table(fitted, dataset, audit.groups, phase, config.train.seed)
 
     def look(spec: Spec, samples: Sequence[Sample]) -> View:
         backbone = Backbone(spec, network.load().state_dict())
-        return views.look(dataset.with_samples(samples), spec, lambda: backbone, config, track, world=world)
+        part, spare = dataset.with_samples(samples), folder.path / SPARE
+        return views.look(part, spec, lambda: backbone, config, track, spare, world=world)
 
     wanted = config.engine.symmetry, config.model.views
-    return evidence.gather(table, network.depths, network.spec, view.rows, look, *wanted)
+    return evidence.gather(table, network.depths, network.spec, view.rows, look, *wanted, world)
 
 
 def _set_up(dataset: Dataset, network: Network, view: View, sight: Sight, config: RunConfig, world: World) -> Bench:
@@ -412,6 +420,7 @@ def _situate(dataset: Dataset, audit: Audit, config: RunConfig, view: View) -> S
         splits.count_folds(fitted, audit.groups, config.train.folds),
         view.device,
         view.precision,
+        report=len(dataset.of_role("report")),
     )
 
 
@@ -434,9 +443,9 @@ def _decide(
         pace = fitting.measure_pace(bench, phase, config, folder.path)
         timing = agree(Timing((*timing.paces, pace), clock.left()))
         chosen = plan.decide(dataclasses.replace(situation, timing=timing), config)
-    if any(isinstance(phase, FitHead) and not phase.folds for phase in chosen.phases):
-        why = "has no class with two pictures or groups for training: none can be held out to choose by"
-        raise DataError(bench.dataset.root, why, "Add pictures, or give smaller groups.")
+    for part in chosen.phases:
+        if isinstance(part, FitHead):
+            splits.demand_folds(bench.dataset, part.folds)
     folder.write_json("plan.json", chosen.to_json())
     return chosen
 

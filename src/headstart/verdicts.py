@@ -20,8 +20,8 @@ WORTH_DEPTH, WORTH_VIEWS = 0.01, 0.02
 # what always saying the most frequent class gives: half of a hundredth for two equal classes.
 LITTLE = 0.02
 # Training further: epochs over the last blocks, at most; at least, whatever is trained; what else it takes, in epochs:
-# the activations of frozen blocks, and the measuring of what came out.
-TUNED_EPOCHS, LEAST_EPOCHS, AROUND = 6, 3, 1.5
+# the activations of frozen blocks, or the pictures' decoding; heads fitted again.
+TUNED_EPOCHS, LEAST_EPOCHS, AROUND = 6, 3, 1.0
 # Everything trained: so many pictures are shown in all, in this many epochs at most: few pictures are shown more often
 # (in the spirit of BiT's rule, Kolesnikov et al., 2020).
 WHOLE_PICTURES, WHOLE_EPOCHS = 20_000, 12
@@ -182,10 +182,13 @@ class Outlook:
     select: int  # to choose by
     step_seconds: float  # of training, for each picture; 0: not measured yet
     seconds_left: float  # of the time budget
+    look_seconds: float = 0.0  # of a picture's way through the network, as it is when models are measured
+    looks_after: int = 0  # pictures that go through it when training is over, each as often as it does
 
     def take(self, epochs: float) -> float:
         """Seconds that so many epochs take, with all that is around them."""
-        return (epochs + AROUND) * self.pictures * self.step_seconds
+        looks = epochs * self.select + self.looks_after
+        return (epochs + AROUND) * self.pictures * self.step_seconds + looks * self.look_seconds
 
 
 def choose_epochs(outlook: Outlook, most: int, least: int = LEAST_EPOCHS) -> int:
@@ -201,6 +204,8 @@ def can_gain(evidence: Evidence, select: int) -> tuple[bool, str]:
     best = choose_variant(evidence.variants)
     if is_little_left(best, evidence.common):
         return False, f"not trained further: the fitted head is right on {best.accuracy:.1%}"
+    if not select:
+        return False, f"not trained further: there are too few pictures to keep {LEAST_SELECT} of them to choose by"
     if select < LEAST_SELECT:
         return False, f"not trained further: {select} pictures to choose by are fewer than {LEAST_SELECT}"
     return True, ""
