@@ -132,11 +132,11 @@ def test_a_view_is_looked_at_once_for_all_who_ask(tmp_path):
     table, numbers = make_table(120, tmp_path)
     asked = []
     sight, stack = gather(table, numbers, asked)
-    assert sight.spec.taps == ("early",) and len(sight.spec.views) == 4
+    assert sight.spec.taps == DEPTHS.taps and len(sight.spec.views) == 4
     before = list(asked)
     assert before == [("mirror", 120), ("zoom", 120), ("zoom-mirror", 120)]
     for samples in (table.samples, table.samples[::-1], table.samples[7:19]):
-        wanted = np.stack([stack(view, samples)[:, :8] for view in sight.spec.views], 1)
+        wanted = np.stack([stack(view, samples) for view in sight.spec.views], 1)
         assert np.array_equal(sight.rows(samples), wanted)
     assert asked == before
     others = [Sample("other.png", ("a",))]
@@ -153,7 +153,7 @@ def test_of_several_processes_the_first_one_finds(tmp_path):
         return dataclasses.replace(value, views=()) if isinstance(value, Evidence) else (first, *value)
 
     told, _ = gather(table, numbers, [], world=Told(tell))
-    assert alone.spec.taps == ("early",) and len(alone.spec.views) == 4
+    assert alone.spec.taps == DEPTHS.taps and len(alone.spec.views) == 4
     assert told.spec.taps == () and told.spec.views == ("plain",)  # though this one's own figures say the other
     assert told.evidence.variants[0] == first and told.evidence.views == ()
 
@@ -227,11 +227,16 @@ ALL = ("x", "y", FINAL)
         ({ALL: 0.20, (FINAL,): 0.30, ("x",): 0.5}, ALL),
         ({ALL: 0.298, (FINAL,): 0.30, ("x",): 0.5}, (FINAL,)),
         ({ALL: 0.31, (FINAL,): 0.30, ("x",): 0.5}, (FINAL,)),
-        ({ALL: 0.31, (FINAL,): 0.40, ("x",): 0.25}, ("x",)),
+        ({ALL: 0.31, (FINAL,): 0.40, ("x",): 0.25}, ALL),
+        ({ALL: 0.31, (FINAL,): 0.29, ("x",): 0.25}, (FINAL,)),
+        ({("x",): 0.25}, ("x",)),  # as settings can have it
     ],
 )
-def test_the_cheaper_variant_is_taken_where_the_other_is_hardly_better(losses, chosen):
-    assert verdicts.choose_variant([variant(taps, loss) for taps, loss in losses.items()]).taps == chosen
+def test_all_depths_are_taken_or_the_final_features_where_these_are_hardly_worse(losses, chosen):
+    variants = tuple(variant(taps, loss) for taps, loss in losses.items())
+    assert verdicts.choose_variant(variants).taps == chosen
+    told = "; ".join(verdicts.describe_evidence(Evidence(variants, (), None)))
+    assert ("x by itself is not taken" in told) == (losses.get(("x",)) == 0.25 and len(losses) > 1)
 
 
 @pytest.mark.parametrize(
@@ -336,7 +341,7 @@ def test_depths_can_be_set_and_views_are_found_all_the_same(shapes, tiny_weights
     assert run is not None and run.plan.phases[0].taps == run.classifier.backbone.spec.taps == ("blocks.1", FINAL)
     assert run.classifier.backbone.spec.views == ("plain", "mirror")[: 1 + mirror_images]
     told = "; ".join(run.plan.reasons)
-    assert "log-loss by views: plain" in told and "distance" not in told and told.count("logistic on") == 1
+    assert "log-loss by views: plain" in told and "distance" not in told and told.count("means on") == 1
 
 
 @pytest.mark.parametrize(("name", "views"), verdicts.VIEW_SETS.items())

@@ -38,7 +38,7 @@ USUAL = Situation(
     precision="bfloat16",
 )
 ALL = ("logistic", "svm", "means", "knn")
-DEPTHS = {("early",): 0.2, (FINAL,): 0.3}  # log-losses
+DEPTHS = {("early", FINAL): 0.2, (FINAL,): 0.3}  # log-losses
 
 
 def situation(**facts):
@@ -83,7 +83,7 @@ def test_what_is_decided_and_why(facts, settings, heads, folds, words):
 def test_on_other_depths_fewer_heads_compete_unless_they_are_set(settings, heads, words):
     early, final = (Variant(taps, ("plain",), "logistic", loss, 0.9, 0.8, 0.95, 300) for taps, loss in DEPTHS.items())
     plan = decide(situation(evidence=Evidence((early, final), (), None)), resolve(None, settings))
-    assert (plan.phases[0].taps, plan.phases[0].heads) == (("early",), heads)
+    assert (plan.phases[0].taps, plan.phases[0].heads) == (("early", FINAL), heads)
     assert words in reasons(plan)
 
 

@@ -103,7 +103,10 @@ def test_where_nothing_can_be_held_out_it_is_said_and_no_run_is_left(train, make
     assert not (tmp_path / "run" / "config.toml").exists()
 
 
-def test_with_a_budget_a_given_part_that_is_too_small_to_choose_by_is_learned_from(train, make_shapes, tmp_path):
+def test_with_a_budget_a_given_part_that_is_too_small_to_choose_by_is_learned_from(
+    train, make_shapes, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("headstart.verdicts.is_little_left", lambda best, common: False)
     data = make_shapes(tmp_path / "data" / "train", 12).parent
     make_shapes(data / "val", 6, first_seed=50)
     make_shapes(data / "test", 4, first_seed=90)

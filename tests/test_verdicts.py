@@ -113,7 +113,7 @@ def test_whether_training_further_may_pay_is_decided_from_figures_and_said(evide
 
 
 ONE_DEPTH = Evidence((variant((FINAL,)),), (), None)
-FIRST_ALONE = Evidence((variant(("x",), 0.2), variant(), variant((FINAL,), 0.4)), (), None)
+FIRST_ALONE = Evidence((variant(("x",), 0.2),), (), None)  # as settings can have it
 
 
 @pytest.mark.parametrize(

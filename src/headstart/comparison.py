@@ -28,6 +28,7 @@ from headstart.verdicts import read_time
 
 log = logging.getLogger(__name__)
 
+KIND = ("logistic",)  # the head by which networks are compared
 PICTURES = 1_000  # that networks are compared on; more are left out by lot, each class keeping its share
 TIMED = 6  # batches
 EQUAL = 0.05  # p-value from which two networks count as equally accurate
@@ -121,8 +122,8 @@ def _judge(
     """(a network, n booleans: which pictures it was right on, out of fold)."""
     backbone = backbones.load(located)
     view = views.look(dataset, located.spec, lambda: backbone, config, track)
-    table = evidence.Table(dataset.samples, dataset, groups, FitHead(evidence.KIND, folds), config.train.seed)
-    head = table.fit(view.rows(dataset.samples), evidence.KIND)
+    table = evidence.Table(dataset.samples, dataset, groups, FitHead(KIND, folds), config.train.seed)
+    head = table.fit(view.rows(dataset.samples), KIND)
     hits = table.are_right(head)
     best = head.candidates[0]
     accuracy = metrics.wilson(int(hits.sum()), len(hits))
