@@ -43,8 +43,8 @@ from headstart.zoo import Spec
 Look = Callable[[Sequence[Sample]], NDArray[np.float32]]
 log = logging.getLogger(__name__)
 
-# The head that depths and views are compared by: on six sets of six it ranked final and all depths as logistic regression
-# does, in a fraction of the time, which hardly grows with the number of classes.
+# The head that depths and views are compared by. On six sets of six it ranked final and all depths as logistic
+# regression does, in a fraction of the time, which hardly grows with the number of classes.
 KIND = ("means",)
 PICTURES = 2_000  # that variants are compared on: more move the choice little
 VIEWED = 1_000  # pictures that other views are tried on: 400 misled on X-rays
