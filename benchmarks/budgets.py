@@ -3,7 +3,7 @@
 python benchmarks/budgets.py                                   (six minutes)
 python benchmarks/budgets.py hymenoptera=90s scenes=10m
 
-Expected (2-core machine): within 20 % of the budget, where the last reason of the plan is not that nothing was trained.
+Expected (2-core machine): within 20 % of the budget, unless little was left to gain and nothing was trained.
 """
 
 from __future__ import annotations

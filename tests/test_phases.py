@@ -468,14 +468,14 @@ def test_each_training_has_the_time_that_is_foreseen_for_it_and_its_share_of_the
         timing, paces=tuple(dataclasses.replace(pace, look_seconds=0.01) for pace in timing.paces)
     )
     _, *arms, last = decide(dataclasses.replace(situation, timing=looking, report=100), settings).phases
-    # 60 pictures after each epoch; 60 in two views for each of four shares, and 100 in two views, when it is over.
-    after = 0.01 * (4 * 2 * 60 + 2 * 100)
-    rest = 400 - sum(
-        20 * (arm.settings.epochs + 1) * scale + 0.6 * arm.settings.epochs + after
-        for arm, scale in zip(arms, (0.4, 1.0))
-    )
-    assert [len(last.shares), len(last.views)] == [4, 2]
-    assert arms[0].seconds == pytest.approx(6 * (8 + 0.6) + rest / 2)
+    # 60 pictures before and after each epoch, and in two views for each of four shares; four views of 400 are kept for
+    # the last blocks; 100 in two views go through it in the end.
+    epochs = [arm.settings.epochs for arm in arms]
+    around = [0.01 * (60 * 9 + 4 * 400), 0.01 * 60 * 9]
+    taken = [20 * (count + 1) * scale + 0.6 * count + more for count, scale, more in zip(epochs, (0.4, 1.0), around)]
+    assert [len(last.shares), len(last.views), *epochs] == [4, 2, 6, 12]
+    rest = 400 - 0.01 * 200 - sum(taken)
+    assert [arm.seconds for arm in arms] == pytest.approx([6 * 8.6 + 0.6 + rest / 2, 12 * 20.6 + 0.6 + rest / 2])
     short = dataclasses.replace(timing, seconds_left=135.0)
     made = decide(dataclasses.replace(situation, timing=short), settings)
     assert [phase.name for phase in made.phases if isinstance(phase, Train)] == [BLOCKS]

@@ -75,7 +75,7 @@ def test_what_is_decided_and_why(facts, settings, heads, folds, words):
 @pytest.mark.parametrize(
     ("settings", "heads", "words"),
     [
-        ({}, ("logistic", "means"), "heads logistic, means: on features of several depths"),
+        ({}, ("logistic", "means"), "heads logistic, means: on features of other depths"),
         ({"heads": "svm,logistic"}, ("svm", "logistic"), "heads svm, logistic: as set"),
         ({"heads": "knn"}, ("knn",), "heads knn: as set"),
     ],

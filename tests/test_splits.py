@@ -394,6 +394,11 @@ def test_of_large_groups_a_part_has_a_few_of_each_class():
     assert pictures < 600 and min(units.values()) >= 4
 
 
+def test_where_no_class_has_a_few_groups_two_are_enough_rather_than_everything():
+    pictures, units = enough({"a": 900, "b": 900}, 100, of=300)
+    assert pictures == 1200 and units == {"a": 2, "b": 2}
+
+
 def test_rare_classes_do_not_make_a_part_the_whole():
     assert enough({"a": 5000, "b": 2, "c": 1}, 100)[0] < 110
 

@@ -113,7 +113,7 @@ def test_with_a_budget_a_given_part_that_is_too_small_to_choose_by_is_learned_fr
     run = train(data, time_budget="10m")
     roles = [role for source, role in roles_of(run.path).items() if not source.startswith("test")]
     assert roles == ["fit"] * 3 * 18
-    assert "too few pictures to keep 30 of them to choose by" in "; ".join(run.plan.reasons)
+    assert "too few pictures, or of a class, to keep 30 to choose by" in "; ".join(run.plan.reasons)
 
 
 def test_groups_stay_in_one_role_and_widen_the_intervals(train, shapes, tmp_path):

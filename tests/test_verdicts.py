@@ -70,7 +70,7 @@ def test_fewer_epochs_than_the_least_are_none():
 
 def test_pictures_that_are_only_looked_at_take_their_time_too():
     # 60 of them after each epoch, at 100 a second, and 500 in the end
-    outlook = Outlook(400, 60, 0.02, 48.0, look_seconds=0.01, looks_after=500)
+    outlook = Outlook(400, 60, 0.02, 48.0, look_seconds=0.01, looks_around=500)
     assert outlook.take(4) == pytest.approx(40.0 + 2.4 + 5.0)
     assert choose_epochs(outlook, TUNED_EPOCHS) == 4
 
@@ -97,7 +97,7 @@ def test_whether_there_is_time_is_said_with_figures(outlook, epochs, words):
     ("evidence", "select", "words"),
     [
         (DEEP, 60, ""),
-        (DEEP, 0, "too few pictures to keep 30 of them to choose by"),
+        (DEEP, 0, "too few pictures, or of a class, to keep 30 to choose by"),
         (DEEP, LEAST_SELECT - 1, "29 pictures to choose by are fewer than 30"),
         (DEEP, LEAST_SELECT, ""),
         (Evidence((variant(accuracy=0.98), variant((FINAL,), 0.4)), (), None), 60, "right on 98.0%"),

@@ -86,7 +86,8 @@ class Bench:
         backbone = Backbone.of(self.backbone.spec.adapted(views=("plain",)), self.backbone.network)
         embedder = embedders.prepare(backbone, self.device, self.precision)
         start = time.perf_counter()
-        for _ in self.album(some).embed(range(len(some)), embedder):
+        paths = [self.dataset.path(sample.source) for sample in some]
+        for _ in Album(paths, self.backbone.spec.preprocess, self.limits, 0).embed(range(len(some)), embedder):
             pass
         return (time.perf_counter() - start) / max(1, len(some))
 
@@ -170,8 +171,8 @@ class Bench:
 
     def can_keep(self, phase: Train, activations: NDArray[np.float16], folder: Path) -> bool:
         """Whether there is room for what a phase keeps of all pictures, where one's activations are these."""
-        settings = phase.settings
-        shape = (len(self.dataset.of_role("fit")), settings.cached_views, *activations.shape)
+        settings, select = phase.settings, len(self.dataset.of_role("select"))
+        shape = (len(self.dataset.of_role("fit")) * settings.cached_views + select, *activations.shape)
         return prefix.has_room(folder, prefix.count_bytes(shape), settings.disk_mebibytes * 2**20)
 
     def _shorten(

@@ -65,11 +65,11 @@ def fit_heads(
     seed: int,
 ) -> FittedHead:
     """The best head on the features (n, dim) of some pictures, chosen by cross-validation."""
-    held_out = splits.can_be_held_out(fitted, groups)
-    tuned = [sample for sample, can_be in zip(fitted, held_out, strict=True) if can_be]
     views = matrix.shape[1] if matrix.ndim == 3 else 1
-    chosen = splits.draw_enough(tuned, groups, heads.TUNING_ROWS // views, seed + 1)
-    tuned = [sample for sample, is_chosen in zip(tuned, chosen, strict=True) if is_chosen]
+    chosen = splits.draw_enough(fitted, groups, heads.TUNING_ROWS // views, seed + 1)
+    drawn = [sample for sample, is_chosen in zip(fitted, chosen, strict=True) if is_chosen]
+    held_out = splits.can_be_held_out(drawn, groups)
+    tuned = [sample for sample, can_be in zip(drawn, held_out, strict=True) if can_be]
     numbers = splits.assign_folds(tuned, groups, phase.folds, seed)
     fold_of = dict(zip((sample.source for sample in tuned), numbers, strict=True))
     folds = [fold_of.get(sample.source, -1) for sample in fitted]

@@ -248,7 +248,7 @@ def _choose_heads(
     if linear:
         return LINEAR_HEADS, []
     if deep:
-        why = "on features of several depths the others take long, and were never the best"
+        why = "on features of other depths the others take long, and were never the best"
         return DEEP_HEADS, [f"heads {', '.join(DEEP_HEADS)}: {why}"]
     if s.pictures * views > KNN_VECTORS:
         what = f"{s.pictures} pictures for training" + (f" in {views} views" if views > 1 else "")
@@ -314,21 +314,30 @@ def _plan_further(s: Situation, evidence: Evidence, config: RunConfig, first: Ph
     left = math.inf if s.timing.seconds_left is None else s.timing.seconds_left
     phases: list[Train] = []
     last = Choose(read_shares(config.train.interpolation), _list_views(config, first))
-    seen = {view for views in last.views for view in views}
-    looks = s.select * len(last.shares) * len(seen) + s.report * max(map(len, last.views))
+    look_seconds = next((pace.look_seconds for pace in s.timing.paces if pace.name), 0.0)
+    left -= s.report * max(map(len, last.views)) * look_seconds
     pace = Pace(UNMEASURED, 0.0)
     for phase, least in _list_trainings(learned, evidence, config.engine, reasons):
         # What was not measured yet is dearer than what was: it is measured where there is ample time for it.
-        pace = s.timing.pace(phase.name) or Pace(UNMEASURED, DEARER * pace.seconds, "", pace.look_seconds)
-        outlook = Outlook(learned.pictures, s.select, pace.seconds, left, pace.look_seconds, looks)
+        pace = s.timing.pace(phase.name) or Pace(UNMEASURED, DEARER * pace.seconds)
+        looks = _count_looks(learned, phase, last)
+        outlook = Outlook(learned.pictures, s.select, pace.seconds, left, look_seconds, looks)
         epochs, why = weigh_time(phase.name, outlook, phase.settings.epochs, least)
         reasons.append(why)
         if epochs:
             settings, seconds = dataclasses.replace(phase.settings, epochs=epochs), outlook.take(epochs)
-            of_epochs = None if math.isinf(left) else seconds - outlook.take(0)
+            start = s.select * look_seconds  # is looked at as if it were an epoch
+            of_epochs = None if math.isinf(left) else seconds - outlook.take(0) + start
             phases.append(dataclasses.replace(phase, settings=settings, layout=pace.layout, seconds=of_epochs))
             left -= seconds
     return [*(_give(phase, left / len(phases)) for phase in phases), last] if phases else []
+
+
+def _count_looks(s: Situation, phase: Train, last: Choose) -> int:
+    """Pictures that go through the network beside a training's epochs: for its start, its activations, its weighing."""
+    shares = len(last.shares) if phase.start == "pretrained" else 1
+    seen = {view for views in last.views for view in views}
+    return s.select * (1 + shares * len(seen)) + s.pictures * phase.settings.cached_views
 
 
 def _list_views(config: RunConfig, first: Phase) -> tuple[tuple[View, ...], ...]:

@@ -69,15 +69,15 @@ def draw_part(samples: Sequence[Sample], groups: Mapping[str, str], share: float
 def draw_enough(samples: Sequence[Sample], groups: Mapping[str, str], pictures: int, seed: int) -> list[bool]:
     """Whether each sample is in a part of about so many, stratified and grouped, by which something can be tried.
 
-    It is larger where the classes of most pictures would have fewer than four pictures or groups there: held out, one
-    of one or two says nothing.
+    It is larger where the classes of most pictures would have fewer than four pictures or groups there, as one of two
+    that is held out says little; but over four times as large only where they would have fewer than two.
     """
     share = pictures / max(1, len(samples))
     while share < 1:
         chosen = draw_part(samples, groups, share, seed)
         units = _count_units([sample for sample, is_chosen in zip(samples, chosen, strict=True) if is_chosen], groups)
         counts = [units.get(label, 0) for sample in samples for label in sample.labels]
-        if statistics.median_low(counts or [FEW]) >= FEW:
+        if statistics.median_low(counts or [FEW]) >= (FEW if share * len(samples) < 4 * pictures else 2):
             return chosen
         share *= 1.5
     return [True] * len(samples)

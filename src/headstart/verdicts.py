@@ -20,7 +20,7 @@ WORTH_DEPTH, WORTH_VIEWS = 0.01, 0.02
 # what always saying the most frequent class gives: half of a hundredth for two equal classes.
 LITTLE = 0.02
 # Training further: epochs over the last blocks, at most; at least, whatever is trained; what else it takes, in epochs:
-# the activations of frozen blocks, or the pictures' decoding; heads fitted again.
+# pictures decoded, heads fitted again.
 TUNED_EPOCHS, LEAST_EPOCHS, AROUND = 6, 3, 1.0
 # Everything trained: so many pictures are shown in all, in this many epochs at most: few pictures are shown more often
 # (in the spirit of BiT's rule, Kolesnikov et al., 2020).
@@ -189,11 +189,11 @@ class Outlook:
     step_seconds: float  # of training, for each picture; 0: not measured yet
     seconds_left: float  # of the time budget
     look_seconds: float = 0.0  # of a picture's way through the network, as it is when models are measured
-    looks_after: int = 0  # pictures that go through it when training is over, each as often as it does
+    looks_around: int = 0  # pictures that go through it before and after, each as often as it does
 
     def take(self, epochs: float) -> float:
         """Seconds that so many epochs take, with all that is around them."""
-        looks = epochs * self.select + self.looks_after
+        looks = epochs * self.select + self.looks_around
         return (epochs + AROUND) * self.pictures * self.step_seconds + looks * self.look_seconds
 
 
@@ -209,9 +209,12 @@ def can_gain(evidence: Evidence, select: int) -> tuple[bool, str]:
     """(whether training further may pay, where not: why)."""
     best = choose_variant(evidence.variants)
     if is_little_left(best, evidence.common):
-        return False, f"not trained further: the fitted head is right on {best.accuracy:.1%}"
+        return False, f"not trained further: the fitted head is right on {best.accuracy:.1%} out of fold"
     if not select:
-        return False, f"not trained further: there are too few pictures to keep {LEAST_SELECT} of them to choose by"
+        return (
+            False,
+            f"not trained further: there are too few pictures, or of a class, to keep {LEAST_SELECT} to choose by",
+        )
     if select < LEAST_SELECT:
         return False, f"not trained further: {select} pictures to choose by are fewer than {LEAST_SELECT}"
     return True, ""
