@@ -88,7 +88,7 @@ def test_groups_of_which_a_part_would_hold_one_a_class_are_looked_at_in_a_larger
     monkeypatch.setattr(comparison, "PICTURES", 6)
     table = with_groups(make_shapes(tmp_path / "shapes", 30), tmp_path / "table.csv", 5)
     (count,) = {entry.accuracy.n for entry in headstart.rank(table, weights=str(tiny_weights), device="cpu")}
-    assert 6 < 4 * 5 * 3 <= count
+    assert 6 < 2 * 5 * 3 <= count
 
 
 def test_where_nothing_can_be_held_out_it_is_said(make_shapes, tiny_weights, two, tmp_path):
