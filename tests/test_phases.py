@@ -462,7 +462,8 @@ def test_each_training_has_the_time_that_is_foreseen_for_it_and_its_share_of_the
     settings = resolve(None, {"time_budget": "10m"})
     _, blocks, every, last = decide(dataclasses.replace(situation, timing=timing), settings).phases
     assert (blocks.settings.epochs, every.settings.epochs) == (6, 12) and isinstance(last, Choose)
-    assert blocks.seconds == pytest.approx(56 - 8 + 42) and every.seconds == pytest.approx(260 - 20 + 42)
+    # 52 s and 250 s with half an epoch around them, of 400 s; a tenth more than the epochs themselves should take.
+    assert blocks.seconds == pytest.approx(1.1 * 48 + 49) and every.seconds == pytest.approx(1.1 * 240 + 49)
     assert (blocks.layout.precision, every.layout.precision) == ("float32", "bfloat16")
     looking = dataclasses.replace(
         timing, paces=tuple(dataclasses.replace(pace, look_seconds=0.01) for pace in timing.paces)
@@ -472,11 +473,34 @@ def test_each_training_has_the_time_that_is_foreseen_for_it_and_its_share_of_the
     # the last blocks; 100 in two views go through it in the end.
     epochs = [arm.settings.epochs for arm in arms]
     around = [0.01 * (60 * 9 + 4 * 400), 0.01 * 60 * 9]
-    taken = [20 * (count + 1) * scale + 0.6 * count + more for count, scale, more in zip(epochs, (0.4, 1.0), around)]
+    taken = [20 * (count + 0.5) * scale + 0.6 * count + more for count, scale, more in zip(epochs, (0.4, 1.0), around)]
     assert [len(last.shares), len(last.views), *epochs] == [4, 2, 6, 12]
     rest = 400 - 0.01 * 200 - sum(taken)
-    assert [arm.seconds for arm in arms] == pytest.approx([6 * 8.6 + 0.6 + rest / 2, 12 * 20.6 + 0.6 + rest / 2])
-    short = dataclasses.replace(timing, seconds_left=135.0)
+    assert [arm.seconds for arm in arms] == pytest.approx(
+        [1.1 * (6 * 8.6 + 0.6) + rest / 2, 1.1 * (12 * 20.6 + 0.6) + rest / 2]
+    )
+
+
+@pytest.mark.parametrize(("left", "epochs"), [(121.9, 12), (90.0, 10), (61.0, 7), (59.9, 6)])
+def test_where_nothing_dearer_fits_the_last_training_may_be_longer(left, epochs):
+    situation = Situation("single", 2, 460, 60, 100, 5, "cpu", "float32", evidence=DEEP)
+    timing = Timing((Pace(Layout("float32"), 0.02, BLOCKS), Pace(Layout("bfloat16"), 0.05, ALL)), left)
+    situation = dataclasses.replace(situation, timing=timing)
+    made = decide(situation, resolve(None, {"time_budget": "10m"}))
+    (phase,) = (phase for phase in made.phases if isinstance(phase, Train))
+    assert (phase.name, phase.settings.epochs) == (BLOCKS, epochs)
+    assert phase.seconds == pytest.approx(1.1 * 8 * epochs + left - 8 * (epochs + 0.5))
+    words = f"the last blocks: {epochs} epochs, of about {8 * (epochs + 0.5):.0f} s, instead"
+    assert (words in made.reasons) == (epochs > 6)
+    set_by_hand = decide(situation, resolve(None, {"time_budget": "10m", "epochs": 6}))
+    assert [phase.settings.epochs for phase in set_by_hand.phases if isinstance(phase, Train)] == [6]
+
+
+def test_a_training_is_not_given_time_that_it_does_not_fit_into():
+    situation = Situation("single", 2, 460, 60, 100, 5, "cpu", "float32", evidence=DEEP)
+    timing = Timing((Pace(Layout("float32"), 0.02, BLOCKS), Pace(Layout("bfloat16"), 0.05, ALL)), 121.9)
+    settings = resolve(None, {"time_budget": "10m"})
+    short = timing
     made = decide(dataclasses.replace(situation, timing=short), settings)
     assert [phase.name for phase in made.phases if isinstance(phase, Train)] == [BLOCKS]
-    assert "all blocks: not trained, 3 epochs would take about 80 s, and 79 s of the budget are left" in made.reasons
+    assert "all blocks: not trained, 3 epochs would take about 70 s, and 70 s of the budget are left" in made.reasons

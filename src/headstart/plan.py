@@ -32,6 +32,7 @@ from headstart.verdicts import (
     Evidence,
     Outlook,
     can_gain,
+    choose_epochs,
     choose_length,
     choose_variant,
     choose_views,
@@ -313,24 +314,34 @@ def _plan_further(s: Situation, evidence: Evidence, config: RunConfig, first: Ph
     learned = dataclasses.replace(s, pictures=s.pictures - s.select)
     left = math.inf if s.timing.seconds_left is None else s.timing.seconds_left
     phases: list[Train] = []
+    outlook = Outlook(learned.pictures, s.select, 0.0, left)
     last = Choose(read_shares(config.train.interpolation), _list_views(config, first))
     look_seconds = next((pace.look_seconds for pace in s.timing.paces if pace.name), 0.0)
     left -= s.report * max(map(len, last.views)) * look_seconds
-    pace = Pace(UNMEASURED, 0.0)
-    for phase, least in _list_trainings(learned, evidence, config.engine, reasons):
-        # What was not measured yet is dearer than what was: it is measured where there is ample time for it.
+    pace, offers = Pace(UNMEASURED, 0.0), _list_trainings(learned, evidence, config.engine, reasons)
+    for phase, least in offers:
+        # What was not measured yet is dearer than what was: it is measured where there may be time for it.
         pace = s.timing.pace(phase.name) or Pace(UNMEASURED, DEARER * pace.seconds)
         looks = _count_looks(learned, phase, last)
-        outlook = Outlook(learned.pictures, s.select, pace.seconds, left, look_seconds, looks)
-        epochs, why = weigh_time(phase.name, outlook, phase.settings.epochs, least)
+        found = Outlook(learned.pictures, s.select, pace.seconds, left, look_seconds, looks)
+        epochs, why = weigh_time(phase.name, found, phase.settings.epochs, least)
         reasons.append(why)
         if epochs:
-            settings, seconds = dataclasses.replace(phase.settings, epochs=epochs), outlook.take(epochs)
-            start = s.select * look_seconds  # is looked at as if it were an epoch
-            of_epochs = None if math.isinf(left) else seconds - outlook.take(0) + start
-            phases.append(dataclasses.replace(phase, settings=settings, layout=pace.layout, seconds=of_epochs))
-            left -= seconds
+            outlook, left = found, left - found.take(epochs)
+            phases.append(_time(dataclasses.replace(phase, layout=pace.layout), epochs, found))
+    if phases and len(phases) < len(offers) and not config.engine.epochs:
+        epochs = choose_epochs(outlook, LONGER * phases[-1].settings.epochs)
+        if epochs > phases[-1].settings.epochs:
+            phases[-1], left = _time(phases[-1], epochs, outlook), outlook.seconds_left - outlook.take(epochs)
+            reasons.append(f"{phases[-1].name}: {epochs} epochs, of about {show_time(outlook.take(epochs))}, instead")
     return [*(_give(phase, left / len(phases)) for phase in phases), last] if phases else []
+
+
+def _time(phase: Train, epochs: int, outlook: Outlook) -> Train:
+    """A phase of so many epochs, and the time that they may take."""
+    start = outlook.select * outlook.look_seconds  # is looked at as if it were an epoch
+    seconds = None if math.isinf(outlook.seconds_left) else SLOWER * (outlook.take(epochs) - outlook.take(0) + start)
+    return dataclasses.replace(phase, settings=dataclasses.replace(phase.settings, epochs=epochs), seconds=seconds)
 
 
 def _count_looks(s: Situation, phase: Train, last: Choose) -> int:
@@ -418,7 +429,9 @@ EPOCHS: dict[Strategy, int] = {"probe": 100, "finetune": 10, "lp-ft": 6, "two-st
 RATES: dict[Strategy, float] = {"probe": 1e-3, "finetune": 3e-4, "lp-ft": 1e-4, "two-stage": 3e-4, "scratch": 2e-3}
 SGD_OVER_ADAM = 10.0
 TUNED_RATE, TUNED_VIEWS = 3e-4, 4  # of the last blocks alone, and the views of each picture that they are shown
-DEARER = 3.0  # a step of what is not measured yet, over that of what is
+SLOWER = 1.1  # times its foreseen time a training may take: the last epochs of a schedule are the best
+LONGER = 2  # times as many epochs, at most, where nothing dearer fits into what is left of the time
+DEARER = 2.5  # a step of what is not measured yet, over that of what is: all blocks over the last ones
 UNMEASURED = Layout("float32", False)
 LAYER_DECAY = 0.75  # of the next block's rate; the first of nine blocks learns at a tenth of the head's
 

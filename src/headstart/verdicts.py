@@ -21,7 +21,7 @@ WORTH_DEPTH, WORTH_VIEWS = 0.01, 0.02
 LITTLE = 0.02
 # Training further: epochs over the last blocks, at most; at least, whatever is trained; what else it takes, in epochs:
 # pictures decoded, heads fitted again.
-TUNED_EPOCHS, LEAST_EPOCHS, AROUND = 6, 3, 1.0
+TUNED_EPOCHS, LEAST_EPOCHS, AROUND = 6, 3, 0.5
 # Everything trained: so many pictures are shown in all, in this many epochs at most: few pictures are shown more often
 # (in the spirit of BiT's rule, Kolesnikov et al., 2020).
 WHOLE_PICTURES, WHOLE_EPOCHS = 20_000, 12
