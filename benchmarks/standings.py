@@ -117,9 +117,9 @@ def draw(truth: tuple[int, ...], seeds: int) -> NDArray[np.uint16]:
     return (of_seeds[:, :, None] * of_pictures[:, None, :]).reshape(RESAMPLES, -1)
 
 
-def bootstrap(result: Result, metric: metrics.Metric, share: bool = True) -> Estimate:
+def bootstrap(result: Result, metric: metrics.Metric) -> Estimate:
     weights = draw(tuple(result.truth.tolist()), len(result.predicted))
-    return metrics.bootstrap(metric, weights, len(result.truth), share)
+    return metrics.bootstrap(metric, weights, len(result.truth), share=True)
 
 
 def estimate(result: Result) -> tuple[Estimate, Estimate]:
@@ -136,8 +136,8 @@ def compare(first: Result, second: Result) -> Comparison:
     """The paired difference of accuracies, first minus second; of several seeds the mean, without a p-value."""
     if len(first.predicted) == 1:
         return metrics.compare(first.right[0], second.right[0])
-    gain = (first.right.astype(np.float64) - second.right).ravel()
-    return Comparison(bootstrap(first, lambda weights: (weights @ gain) / weights.sum(1), share=False), math.nan)
+    weights = draw(tuple(first.truth.tolist()), len(first.predicted))
+    return metrics.compare_drawn(first.right.ravel(), second.right.ravel(), weights)
 
 
 def is_behind(first: Result, second: Result) -> bool:
@@ -253,7 +253,7 @@ def show_difference(ours: Result | None, other: Result | None) -> str:
     if not ours or not other or ours is other:
         return "-"
     found = compare(ours, other)
-    text = show(found.difference, "+") + ("" if math.isnan(found.p_value) else f", p = {found.p_value:.2g}")
+    text = show(found.difference, "+") + ("" if found.p_value is None else f", p = {found.p_value:.2g}")
     if found.difference.value < 0:
         text += ", **headstart loses**" if is_behind(ours, other) else ", headstart loses, within the noise"
     return text

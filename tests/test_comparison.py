@@ -91,6 +91,23 @@ def test_groups_of_which_a_part_would_hold_one_a_class_are_looked_at_in_a_larger
     assert 6 < 2 * 5 * 3 <= count
 
 
+def test_pictures_of_a_group_count_once(make_shapes, tiny_weights, two, tmp_path):
+    table = with_groups(make_shapes(tmp_path / "shapes", 20), tmp_path / "table.csv", 4)
+    settings = {"weights": str(tiny_weights), "device": "cpu"}
+    grouped, alone = headstart.rank(table, **settings), headstart.rank(tmp_path / "shapes", **settings)
+    assert grouped[1].behind.p_value is None and alone[1].behind.p_value is not None
+    entry = next(entry for entry in grouped if 0 < entry.accuracy.value < 1)
+    of_pictures = metrics.wilson(round(entry.accuracy.value * entry.accuracy.n), entry.accuracy.n)
+    assert entry.accuracy.low != of_pictures.low and entry.accuracy.low < entry.accuracy.value < entry.accuracy.high
+
+
+@pytest.mark.parametrize(("low", "chosen"), [(-0.01, "small"), (0.01, "large")])
+def test_where_there_is_no_p_value_the_interval_tells(low, chosen):
+    behind = metrics.Comparison(Estimate(0.1, low, 0.2, 50), None)
+    small = Ranked("small", Estimate(0.9, 0.8, 0.95, 50), 0.3, 2.0, 10.0, behind)
+    assert recommend((make("large", 9.0, None), small)).name == chosen
+
+
 def test_where_nothing_can_be_held_out_it_is_said(make_shapes, tiny_weights, two, tmp_path):
     data = make_shapes(tmp_path / "data" / "train", 1).parent
     make_shapes(data / "val", 4, first_seed=50)

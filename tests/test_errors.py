@@ -23,6 +23,7 @@ WHAT = {
     "WeightsError": ("weights", 2),
     "RunError": ("run", 2),
     "TrainingError": ("training", 1),
+    "DivergedError": ("training", 1),
     "ModelFileError": ("model", 2),
     "CorruptModel": ("model", 2),
     "ForeignModel": ("model", 2),

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
@@ -9,8 +10,8 @@ from torch import nn
 import headstart
 from headstart import backbones, fitting, phases, training
 from headstart.config import resolve
-from headstart.engine import Adapted
-from headstart.errors import UsageError
+from headstart.engine import Adapted, Training
+from headstart.errors import TrainingError, UsageError
 from headstart.phases import Arm, choose, interpolate
 from headstart.plan import Choose, FitHead, Layout, Pace, Situation, Timing, Train, decide
 from headstart.taps import see_blocks
@@ -158,7 +159,8 @@ def test_where_the_fitted_head_is_taken_it_is_the_one_of_a_run_without_training(
 def test_a_run_that_was_interrupted_goes_on_by_the_pace_it_had(many, tiny_weights, tmp_path, monkeypatch, doubtful):
     settings = options(tiny_weights)
     planned = headstart.train(many, tmp_path / "run", dry_run=True, **settings)
-    assert planned.timing.paces and 0 < planned.timing.seconds_left < 600
+    assert planned.timing.paces and 0 < planned.timing.seconds_left < 600 and planned.timing.head_seconds > 0
+    assert all(pace.supply_seconds > 0 and pace.look_seconds > 0 for pace in planned.timing.paces)
 
     def refuse(*_):
         raise AssertionError("timed again")
@@ -195,6 +197,8 @@ def test_no_epoch_is_begun_that_would_take_longer_than_there_is_time(
     headstart.train(many, tmp_path / "run", **options(tiny_weights))
     rows = [json.loads(line) for line in (tmp_path / "run/history.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows if "step" not in row] == [0, 1] * 2
+    reasons = json.loads((tmp_path / "run/plan.json").read_text())["reasons"]
+    assert f"{BLOCKS}: stopped after 1 of 6 epochs, another would have taken too long" in reasons
 
 
 def test_what_is_held_against_the_fitted_head_was_trained_also_where_no_epoch_was_better(
@@ -334,6 +338,74 @@ def interrupt(*_):
     raise KeyboardInterrupt
 
 
+@pytest.mark.parametrize("room", [True, False])
+def test_kept_activations_that_are_gone_are_made_again_where_there_is_room(
+    many, tiny_weights, tmp_path, monkeypatch, doubtful, room
+):
+    take(monkeypatch, 0.5)
+    real, calls = Training._finish_epoch, []
+
+    def stop(self):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "_finish_epoch", stop)
+        with pytest.raises(KeyboardInterrupt):
+            headstart.train(many, tmp_path / "run", **options(tiny_weights, epochs=3))
+    files = [*(tmp_path / "run").glob("activations-1-*.npy")]
+    assert len(files) == 2
+    for file in files:
+        file.unlink()
+    if not room:
+        monkeypatch.setattr("headstart.prefix.has_room", lambda *_: False)
+        with pytest.raises(TrainingError, match="is gone, and there is no room"):
+            headstart.train(many, tmp_path / "run", **options(tiny_weights, epochs=3))
+        return
+    run = headstart.train(many, tmp_path / "run", **options(tiny_weights, epochs=3))
+    whole = headstart.train(many, tmp_path / "whole", **options(tiny_weights, epochs=3))
+    np.testing.assert_array_equal(run.evaluation.probabilities, whole.evaluation.probabilities)
+
+
+def test_a_training_that_diverges_is_given_up_and_the_others_go_on(
+    many, tiny_weights, tmp_path, monkeypatch, doubtful, caplog
+):
+    real = Training.take_step
+
+    def take_step(self, *given, **named):
+        if self.phase == 1 and self.state.epoch == 1:
+            raise self._diverged(math.nan)
+        return real(self, *given, **named)
+
+    monkeypatch.setattr(Training, "take_step", take_step)
+    run = headstart.train(many, tmp_path / "run", **options(tiny_weights, epochs=3))
+    why = f"{BLOCKS}: given up, epoch 2, step 1: the loss is nan: training has diverged"
+    assert why in run.plan.reasons and why in caplog.text
+    assert not any(reason.startswith(f"{BLOCKS} trained") for reason in run.plan.reasons)
+    assert any(reason.startswith(f"{ALL} trained") for reason in run.plan.reasons)
+    assert json.loads((tmp_path / "run/plan.json").read_text())["reasons"] == list(run.plan.reasons)
+
+
+def test_where_every_training_diverges_the_fitted_head_is_taken(many, tiny_weights, tmp_path, doubtful):
+    run = headstart.train(
+        many, tmp_path / "run", **options(tiny_weights, epochs=3, learning_rate=100.0, optimizer="sgd")
+    )
+    assert run.plan.strategy == "probe" and sum("given up" in reason for reason in run.plan.reasons) == 2
+    assert "the fitted head is taken" in run.plan.reasons[-1]
+
+
+def test_a_class_of_few_pictures_does_not_keep_the_others_from_being_chosen_by(
+    make_shapes, tiny_weights, tmp_path, doubtful
+):
+    data = make_shapes(make_shapes(tmp_path / "data", 140, ("circle", "triangle")), 6, ("square",), first_seed=900)
+    run = headstart.train(data, tmp_path / "run", dry_run=True, **options(tiny_weights))
+    assert isinstance(run.phases[-1], Choose)
+    rows = (tmp_path / "run/split.csv").read_text().splitlines()
+    assert any(",select" in row for row in rows) and not any("square" in row and ",select" in row for row in rows)
+
+
 @pytest.mark.parametrize("symmetry", ["none", "mirror", "any"])
 def test_mirror_images_are_an_arm_where_they_mean_the_same(many, tiny_weights, tmp_path, doubtful, symmetry):
     made = headstart.train(many, tmp_path / "run", dry_run=True, **options(tiny_weights, symmetry=symmetry))
@@ -456,51 +528,84 @@ DEEP = Evidence(
 )
 
 
-def test_each_training_has_the_time_that_is_foreseen_for_it_and_its_share_of_the_rest():
-    situation = Situation("single", 2, 460, 60, 100, 5, "cpu", "float32", evidence=DEEP)
-    timing = Timing((Pace(Layout("float32"), 0.02, BLOCKS), Pace(Layout("bfloat16"), 0.05, ALL)), 400.0)
-    settings = resolve(None, {"time_budget": "10m"})
-    _, blocks, every, last = decide(dataclasses.replace(situation, timing=timing), settings).phases
-    assert (blocks.settings.epochs, every.settings.epochs) == (6, 12) and isinstance(last, Choose)
-    # 52 s and 250 s with half an epoch around them, of 400 s; a tenth more than the epochs themselves should take.
-    assert blocks.seconds == pytest.approx(1.1 * 48 + 49) and every.seconds == pytest.approx(1.1 * 240 + 49)
+SITUATION = Situation("single", 2, 460, 60, 100, 5, "cpu", "float32", evidence=DEEP)
+PACES = (Pace(Layout("float32"), 0.02, BLOCKS), Pace(Layout("bfloat16"), 0.05, ALL))
+
+
+def plan_with(seconds_left, paces=PACES, head_seconds=0.0, report=0, **settings):
+    timing = Timing(paces, seconds_left, head_seconds)
+    situation = dataclasses.replace(SITUATION, timing=timing, report=report)
+    return decide(situation, resolve(None, {"time_budget": "10m", **settings}))
+
+
+def trainings_of(made):
+    return [phase for phase in made.phases if isinstance(phase, Train)]
+
+
+def test_each_training_has_the_time_that_is_foreseen_for_it_and_more_where_it_is_left():
+    made = plan_with(320.0)
+    blocks, every = trainings_of(made)
+    assert (blocks.settings.epochs, every.settings.epochs) == (6, 12) and isinstance(made.phases[-1], Choose)
+    # 52 s and 250 s with half an epoch around them: 18 s are left, which are fewer than a tenth of the second one's.
+    assert blocks.seconds == pytest.approx(48 + 9) and every.seconds == pytest.approx(1.1 * 240)
     assert (blocks.layout.precision, every.layout.precision) == ("float32", "bfloat16")
-    looking = dataclasses.replace(
-        timing, paces=tuple(dataclasses.replace(pace, look_seconds=0.01) for pace in timing.paces)
-    )
-    _, *arms, last = decide(dataclasses.replace(situation, timing=looking, report=100), settings).phases
-    # 60 pictures before and after each epoch, and in two views for each of four shares; four views of 400 are kept for
-    # the last blocks; 100 in two views go through it in the end.
-    epochs = [arm.settings.epochs for arm in arms]
-    around = [0.01 * (60 * 9 + 4 * 400), 0.01 * 60 * 9]
-    taken = [20 * (count + 0.5) * scale + 0.6 * count + more for count, scale, more in zip(epochs, (0.4, 1.0), around)]
-    assert [len(last.shares), len(last.views), *epochs] == [4, 2, 6, 12]
-    rest = 400 - 0.01 * 200 - sum(taken)
-    assert [arm.seconds for arm in arms] == pytest.approx(
-        [1.1 * (6 * 8.6 + 0.6) + rest / 2, 1.1 * (12 * 20.6 + 0.6) + rest / 2]
-    )
+
+
+def test_all_that_is_opened_and_looked_at_takes_its_time():
+    paces = tuple(dataclasses.replace(pace, look_seconds=0.01, supply_seconds=0.03) for pace in PACES)
+    blocks, every = trainings_of(plan_with(500.0, paces, head_seconds=7.0, report=100))
+    # Of the last blocks four views of 400 pictures are opened and kept, and 60 activations looked at after each epoch;
+    # with all blocks 400 pictures are opened in each, and 60 opened and looked at after it.
+    each = 400 * 0.02 + 0.6, 400 * (0.05 + 0.03) + 60 * 0.04
+    weighed = 60 * 4 * (0.03 + 2 * 0.01)
+    around = 4 + 400 * 4 * 0.04 + weighed, 10 + weighed
+    start = 0.6, 60 * 0.04
+    left = 500 - 7 - 100 * (0.03 + 2 * 0.01) - (6 * each[0] + start[0] + around[0])
+    epochs = int((left - around[1] - start[1]) // each[1])
+    assert (blocks.settings.epochs, every.settings.epochs) == (6, epochs) and 3 <= epochs < 12
+    left -= epochs * each[1] + start[1] + around[1]
+    expected = [count * one + first for count, one, first in zip((6, epochs), each, start)]
+    assert [blocks.seconds, every.seconds] == pytest.approx([max(1.1 * x, x + left / 2) for x in expected])
 
 
 @pytest.mark.parametrize(("left", "epochs"), [(121.9, 12), (90.0, 10), (61.0, 7), (59.9, 6)])
 def test_where_nothing_dearer_fits_the_last_training_may_be_longer(left, epochs):
-    situation = Situation("single", 2, 460, 60, 100, 5, "cpu", "float32", evidence=DEEP)
-    timing = Timing((Pace(Layout("float32"), 0.02, BLOCKS), Pace(Layout("bfloat16"), 0.05, ALL)), left)
-    situation = dataclasses.replace(situation, timing=timing)
-    made = decide(situation, resolve(None, {"time_budget": "10m"}))
-    (phase,) = (phase for phase in made.phases if isinstance(phase, Train))
+    made = plan_with(left)
+    (phase,) = trainings_of(made)
     assert (phase.name, phase.settings.epochs) == (BLOCKS, epochs)
-    assert phase.seconds == pytest.approx(1.1 * 8 * epochs + left - 8 * (epochs + 0.5))
+    assert phase.seconds == pytest.approx(max(1.1 * 8 * epochs, 8 * epochs + left - 8 * (epochs + 0.5)))
     words = f"the last blocks: {epochs} epochs, of about {8 * (epochs + 0.5):.0f} s, instead"
     assert (words in made.reasons) == (epochs > 6)
-    set_by_hand = decide(situation, resolve(None, {"time_budget": "10m", "epochs": 6}))
-    assert [phase.settings.epochs for phase in set_by_hand.phases if isinstance(phase, Train)] == [6]
+    assert [phase.settings.epochs for phase in trainings_of(plan_with(left, epochs=6))] == [6]
+    (frozen,) = trainings_of(plan_with(left, freeze="x"))
+    assert frozen.settings.epochs == epochs
+
+
+def test_the_last_of_all_trainings_may_be_longer_too():
+    assert [phase.settings.epochs for phase in trainings_of(plan_with(52 + 10 + 15 * 20.0))] == [6, 15]
+    assert [phase.settings.epochs for phase in trainings_of(plan_with(3000.0))] == [6, 24]
+
+
+def test_random_weights_are_taken_to_train_as_fast_as_all_blocks(monkeypatch):
+    monkeypatch.setattr("headstart.plan.is_scratch_worth_trying", lambda *_: True)
+    # 52 s, 250 s and 20 epochs of 20 s with 10 s around them.
+    assert [phase.name for phase in trainings_of(plan_with(52 + 250 + 410.0))] == [BLOCKS, ALL, RANDOM]
+    assert [phase.name for phase in trainings_of(plan_with(52 + 250 + 409.0))] == [BLOCKS, ALL]
+
+
+def test_the_optimiser_that_is_set_gets_rates_that_suit_it():
+    rates = [
+        [phase.settings.learning_rate for phase in trainings_of(plan_with(900.0, **more))]
+        for more in (
+            {},
+            {"optimizer": "sgd"},
+            {"optimizer": "sgd", "learning_rate": 0.5},
+        )
+    ]
+    assert rates == [pytest.approx([3e-4, 1e-4]), pytest.approx([3e-3, 1e-3]), [0.5, 0.5]]
 
 
 def test_a_training_is_not_given_time_that_it_does_not_fit_into():
-    situation = Situation("single", 2, 460, 60, 100, 5, "cpu", "float32", evidence=DEEP)
-    timing = Timing((Pace(Layout("float32"), 0.02, BLOCKS), Pace(Layout("bfloat16"), 0.05, ALL)), 121.9)
-    settings = resolve(None, {"time_budget": "10m"})
-    short = timing
-    made = decide(dataclasses.replace(situation, timing=short), settings)
-    assert [phase.name for phase in made.phases if isinstance(phase, Train)] == [BLOCKS]
+    made = plan_with(121.9)
+    assert [phase.name for phase in trainings_of(made)] == [BLOCKS]
     assert "all blocks: not trained, 3 epochs would take about 70 s, and 70 s of the budget are left" in made.reasons

@@ -297,6 +297,14 @@ def test_there_are_no_more_folds_than_the_smallest_class_of_several_pictures_can
     assert splits.count_folds(single(counts), {}, wanted) == expected
 
 
+def test_folds_are_counted_among_pictures_that_can_be_held_out():
+    # Each with a label that no other has: held out, nothing of it would be learned.
+    alone = [Sample(str(number), ("shared", f"own {number}")) for number in range(8)]
+    assert splits.count_folds(alone, {}, 5) == 0
+    some = [Sample(f"some {number}", ("shared",)) for number in range(3)]
+    assert splits.count_folds([*alone, *some], {}, 5) == 3
+
+
 def test_folds_are_counted_in_groups():
     samples, groups = grouped([[4, 4, 4], [1] * 9])
     assert splits.count_folds(samples, groups, 5) == 3
@@ -458,6 +466,17 @@ def test_groups_never_part_between_fit_and_what_is_chosen_by(sizes, share, seed)
     for kind, members in enumerate(sizes):
         assert dealt[f"c{kind}", "fit"] >= 1
         assert (dealt[f"c{kind}", "select"] >= 1) == (len(members) > 1)  # a class of one group stays
+
+
+@pytest.mark.parametrize(("few", "chosen"), [(1, {"c0", "c1"}), (5, {"c0"})])
+def test_small_classes_may_stay_whole_with_all_that_does_not_part_from_them(few, chosen):
+    samples = all_fit(single([40, 5]))
+    near = {sample.source: "near" for sample in samples if sample.source in (samples[0].source, samples[-1].source)}
+    found = splits.assign_select(data_set(samples), near, 0.5, 0, few).samples
+    assert {sample.labels[0] for sample in found if sample.role == "select"} == chosen
+    if few == 5:
+        assert {sample.role for sample in found if sample.source in near} == {"fit"}
+        assert 15 <= sum(sample.role == "select" for sample in found) <= 20
 
 
 def test_a_given_select_stays_as_it_is():

@@ -130,6 +130,7 @@ DIFFERENT = {
     "size": {"preprocess": Preprocess(10, 1.0)},
     "batch": {"batch_size": 5},
     "frozen blocks": {"freeze": "1"},
+    "frozen parts": {"rates": "0=0"},
     "batch norms": {"batch_norm": "frozen"},
     "optimiser": {"optimizer": "adamw"},
     "precision": {"precision": "float32"},

@@ -30,7 +30,7 @@ def variant(taps=("x", FINAL), log_loss=0.3, accuracy=0.9):
 
 
 DEEP = Evidence((variant(), variant((FINAL,), 0.4)), (), None)
-AMPLE = Outlook(pictures=400, select=60, step_seconds=0.02, seconds_left=600.0)
+AMPLE = Outlook(epoch_seconds=8.0, start_seconds=0.0, around_seconds=4.0, seconds_left=600.0)
 
 
 @pytest.mark.parametrize(
@@ -58,34 +58,26 @@ def test_a_time_is_shown_as_people_say_it(seconds, text):
     [(1000.0, TUNED_EPOCHS), (52.0, 6), (51.9, 5), (44.0, 5), (43.9, 4), (28.0, 3), (27.9, 0), (0.0, 0), (-5.0, 0)],
 )
 def test_there_are_as_many_epochs_as_the_time_allows(left, epochs):
-    # 400 pictures at 50 a second: 8 s an epoch, and half of one around them.
-    assert choose_epochs(Outlook(400, 60, 0.02, left), TUNED_EPOCHS) == epochs
+    assert choose_epochs(Outlook(8.0, 1.0, 3.0, left), TUNED_EPOCHS) == epochs
 
 
 def test_fewer_epochs_than_the_least_are_none():
-    assert choose_epochs(Outlook(400, 60, 0.02, 44.0), 60, least=5) == 5
-    assert choose_epochs(Outlook(400, 60, 0.02, 43.9), 60, least=5) == 0
-    assert choose_epochs(Outlook(400, 60, 0.02, 1000.0), 2, least=2) == 2
-
-
-def test_pictures_that_are_only_looked_at_take_their_time_too():
-    # 60 of them after each epoch, at 100 a second, and 500 in the end
-    outlook = Outlook(400, 60, 0.02, 48.0, look_seconds=0.01, looks_around=500)
-    assert outlook.take(4) == pytest.approx(36.0 + 2.4 + 5.0)
-    assert choose_epochs(outlook, TUNED_EPOCHS) == 4
+    assert choose_epochs(Outlook(8.0, 0.0, 4.0, 44.0), 60, least=5) == 5
+    assert choose_epochs(Outlook(8.0, 0.0, 4.0, 43.9), 60, least=5) == 0
+    assert choose_epochs(Outlook(8.0, 0.0, 4.0, 1000.0), 2, least=2) == 2
 
 
 def test_before_steps_are_timed_all_epochs_are_thought_possible():
-    assert choose_epochs(Outlook(400, 60, 0.0, 1.0), 12) == 12
+    assert choose_epochs(Outlook(0.0, 0.0, 0.0, 1.0), 12) == 12
 
 
 @pytest.mark.parametrize(
     ("outlook", "epochs", "words"),
     [
         (AMPLE, TUNED_EPOCHS, "then 6 epochs over the last blocks, of about 52 s"),
-        (Outlook(400, 60, 0.02, 41.0), 4, "4 epochs"),
-        (Outlook(4000, 600, 0.02, 270.0), 0, "the last blocks: not trained, 3 epochs would take about 5 min, and 4 m"),
-        (Outlook(4000, 600, 0.02, -3.0), 0, "and 0 s of the budget are left"),
+        (Outlook(8.0, 0.0, 4.0, 41.0), 4, "4 epochs"),
+        (Outlook(80.0, 0.0, 40.0, 270.0), 0, "the last blocks: not trained, 3 epochs would take about 5 min, and 4 m"),
+        (Outlook(80.0, 0.0, 40.0, -3.0), 0, "and 0 s of the budget are left"),
     ],
 )
 def test_whether_there_is_time_is_said_with_figures(outlook, epochs, words):

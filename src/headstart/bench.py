@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from headstart import (
     augmentation,
+    checkpoints,
     embedders,
     evaluation,
     heads,
@@ -27,9 +28,10 @@ from headstart.backbones import Backbone, randomise
 from headstart.blocks import Block, count_frozen
 from headstart.data import Dataset, Role, Sample
 from headstart.engine import Adapted, Training
+from headstart.errors import TrainingError
 from headstart.heads import FittedHead
 from headstart.images import Limits
-from headstart.loading import Album
+from headstart.loading import BATCH_SIZE, Album, ahead, count_cpus
 from headstart.material import Material
 from headstart.plan import Train
 from headstart.processes import World
@@ -38,7 +40,7 @@ from headstart.taps import see_blocks
 
 Judge = Callable[[Adapted, Callable[[], None]], dict[str, float]]
 KEPT_BATCH = 32  # kept activations that are looked at together
-LOOKED = 64  # pictures by which the time of a look is measured
+LOOKED, SUPPLIED = 4, 16  # batches a core, and pictures, by which looks and openings are timed
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,14 +83,33 @@ class Bench:
 
     @functools.cached_property
     def look_seconds(self) -> float:
-        """Seconds in which a picture is decoded and goes through the network; 0 without pictures to choose by."""
-        some = self.dataset.of_role("select")[:LOOKED]
+        """Seconds of a picture's way through the network when a model is measured, by all cores."""
         backbone = Backbone.of(self.backbone.spec.adapted(views=("plain",)), self.backbone.network)
         embedder = embedders.prepare(backbone, self.device, self.precision)
+        side, workers = self.backbone.spec.preprocess.size, count_cpus()
+        pixels = np.random.default_rng(0).integers(0, 256, (BATCH_SIZE, side, side, 3), np.uint8)
+        batches = [pixels] * (LOOKED * workers)
+        embedder(pixels)
         start = time.perf_counter()
-        paths = [self.dataset.path(sample.source) for sample in some]
-        for _ in Album(paths, self.backbone.spec.preprocess, self.limits, 0).embed(range(len(some)), embedder):
+        for _ in ahead(embedder, batches, workers, 2 * workers):
             pass
+        return (time.perf_counter() - start) / (len(batches) * BATCH_SIZE)
+
+    def time_supply(self, phase: Train) -> float:
+        """Seconds in which a picture is opened, where memory does not keep it, and varied for a phase; by all cores."""
+        fit, settings = self.dataset.of_role("fit"), phase.settings
+        some = [self.dataset.path(sample.source) for sample in fit[:: max(1, len(fit) // SUPPLIED)][:SUPPLIED]]
+        preprocess, workers = self.backbone.spec.preprocess, count_cpus()
+        album = Album(some, preprocess, self.limits, self._room() * len(some) // max(1, len(fit)))
+        varied = augmentation.parse(settings.augment, settings.symmetry, preprocess.size)
+
+        def supply(row: int) -> NDArray[np.uint8]:
+            return album.vary(Draw(row), varied, self.seed, 0)
+
+        for _ in range(2):  # what memory keeps is there the second time
+            start = time.perf_counter()
+            for _ in ahead(supply, range(len(some)), workers, 2 * workers):
+                pass
         return (time.perf_counter() - start) / max(1, len(some))
 
     def begin(self, phase: Train, head: FittedHead | None) -> Adapted:
@@ -131,6 +152,7 @@ class Bench:
 
         Raises:
             UsageError: where its settings do not fit the network or the task.
+            TrainingError: where it cannot go on as it began, as activations are gone and there is no room for them.
         """
         samples = self.dataset.of_role("fit")
         select = self.dataset.of_role("select")
@@ -183,7 +205,7 @@ class Bench:
         The short model's modules are the whole one's: what it learns, the whole one knows.
         """
         settings, spec = phase.settings, self.backbone.spec
-        if folder is None or (resumed and not _place(folder, number, "fit").exists()):
+        if folder is None or (resumed and _holds_whole(folder, adapted)):
             return None
         parts = self.cut(phase, adapted)
         if parts is None:
@@ -202,6 +224,8 @@ class Bench:
             if not self.world.tell(kept is not None):
                 if self.world.first:
                     _place(folder, number, "select").unlink(missing_ok=True)
+                if resumed:
+                    raise TrainingError(file, "is gone, and there is no room to make it again", "Free some space.")
                 return None
             stored[role] = np.load(file, mmap_mode="r")
             limit -= stored[role].nbytes
@@ -239,10 +263,14 @@ class Bench:
         key = tuple(samples)
         if key not in self._albums:
             kept = any(sample.role != "report" for sample in key)
-            room = self.room_bytes // 2 // self.world.size if kept else 0
+            room = self._room() if kept else 0
             paths = [self.dataset.path(sample.source) for sample in key]
             self._albums[key] = Album(paths, self.backbone.spec.preprocess, self.limits, room)
         return self._albums[key]
+
+    def _room(self) -> int:
+        """Bytes for the decoded pictures of a role, of two, in this process."""
+        return self.room_bytes // 2 // self.world.size
 
     def _judge_pictures(self, samples: Sequence[Sample]) -> Judge:
         album = self.album(samples)
@@ -279,6 +307,12 @@ class Bench:
         with torch.inference_mode():
             logits = adapted.head(torch.from_numpy(matrix).to(self.device)).float().cpu().numpy()
         return evaluation.score(logits, samples, self.dataset.classes, self.dataset.task)
+
+
+def _holds_whole(folder: Path, adapted: Adapted) -> bool:
+    """Whether a folder's checkpoint is of a whole model, rather than of one without its frozen prefix."""
+    checkpoint = checkpoints.read(folder)
+    return checkpoint is not None and all(f"model.{name}" in checkpoint.tensors for name in adapted.state_dict())
 
 
 def _place(folder: Path, number: int, role: Role) -> Path:

@@ -69,7 +69,7 @@ def recall(file: Path) -> Checkpoint | None:
         return None
     kept = _read(file)
     if kept is None:
-        log.warning("%s: is damaged (its checksum does not match): the phase begins again", file)
+        log.warning("%s: is damaged (its checksum does not match): what it holds is made again", file)
     return kept
 
 

@@ -71,7 +71,7 @@ def rank(data: Data, *, track: Track = lambda pictures, total: pictures, **setti
     dataset = dataset.with_samples(fitted)
     folds = splits.count_folds(fitted, audit.groups, config.train.folds)
     splits.demand_folds(dataset, folds)
-    found: list[tuple[Ranked, NDArray[np.bool_]]] = []
+    found: list[tuple[Ranked, NDArray[np.bool_], NDArray[np.uint16]]] = []
     pace = 0.0  # seconds a byte of weights, which grow with the work that they do
     for located in find_at_hand(config):
         begun, size = time.perf_counter(), located.file.stat().st_size
@@ -79,26 +79,33 @@ def rank(data: Data, *, track: Track = lambda pictures, total: pictures, **setti
             log.info("%s: not measured, there is no time left", located.spec.name)
             continue
         log.info("%s:", located.spec.name)
-        ranked, hits = _judge(located, dataset, audit.groups, folds, config, track)
+        ranked, hits, weights = _judge(located, dataset, audit.groups, folds, config, track)
         own = config.model.weights if located.file == Path(config.model.weights) else ""
-        found.append((dataclasses.replace(ranked, file=own), hits))
+        found.append((dataclasses.replace(ranked, file=own), hits, weights))
         pace = max(pace, (time.perf_counter() - begun) / size)
     found.sort(key=lambda entry: entry[0].log_loss)
     best = found[0][1]
+
+    def compare(hits: NDArray[np.bool_], weights: NDArray[np.uint16]) -> Comparison:
+        return metrics.compare_drawn(best, hits, weights) if len(weights) else metrics.compare(best, hits)
+
     return tuple(
-        dataclasses.replace(ranked, behind=None if hits is best else metrics.compare(best, hits))
-        for ranked, hits in found
+        dataclasses.replace(ranked, behind=None if hits is best else compare(hits, weights))
+        for ranked, hits, weights in found
     )
 
 
 def recommend(ranked: Sequence[Ranked]) -> Ranked:
     """The fastest of the networks that are as accurate as the first one, or more, for all that can be told."""
-    equal = [
-        entry
-        for entry in ranked
-        if entry.behind is None or entry.behind.p_value > EQUAL or entry.behind.difference.value < 0
-    ]
+    equal = [entry for entry in ranked if entry.behind is None or not _is_clear(entry.behind)]
     return min(equal, key=lambda entry: entry.milliseconds)
+
+
+def _is_clear(behind: Comparison) -> bool:
+    """Whether the first one is more accurate for all that can be told; by the interval where there is no p-value."""
+    if behind.p_value is None:
+        return behind.difference.low > 0
+    return behind.p_value <= EQUAL and behind.difference.value >= 0
 
 
 def find_at_hand(config: RunConfig) -> list[Located]:
@@ -118,17 +125,18 @@ def _judge(
     folds: int,
     config: RunConfig,
     track: Track,
-) -> tuple[Ranked, NDArray[np.bool_]]:
-    """(a network, n booleans: which pictures it was right on, out of fold)."""
+) -> tuple[Ranked, NDArray[np.bool_], NDArray[np.uint16]]:
+    """(a network, (n,) which pictures it was right on, out of fold, how often each is drawn where groups are)."""
     backbone = backbones.load(located)
     view = views.look(dataset, located.spec, lambda: backbone, config, track)
     table = evidence.Table(dataset.samples, dataset, groups, FitHead(KIND, folds), config.train.seed)
     head = table.fit(view.rows(dataset.samples), KIND)
     hits = table.are_right(head)
     best = head.candidates[0]
-    accuracy = metrics.wilson(int(hits.sum()), len(hits))
+    weights, grouped = table.draw(head)
+    accuracy = metrics.proportion(hits, weights, grouped)
     size = sum(tensor.numel() * tensor.element_size() for tensor in backbone.state_dict().values())
-    return Ranked(located.spec.name, accuracy, best.log_loss, _time(backbone, config), size / 1e6, None), hits
+    return Ranked(located.spec.name, accuracy, best.log_loss, _time(backbone, config), size / 1e6, None), hits, weights
 
 
 def _time(backbone: backbones.Backbone, config: RunConfig) -> float:

@@ -26,7 +26,7 @@ from headstart import weights as weights_files
 from headstart.blocks import Block
 from headstart.checkpoints import Checkpoint
 from headstart.config import EngineConfig
-from headstart.errors import TrainingError
+from headstart.errors import DivergedError, TrainingError
 from headstart.loading import ahead, count_cpus
 from headstart.material import Batch, Material, Window, draw_windows, make_window
 from headstart.metrics import is_better
@@ -165,7 +165,8 @@ class Training:
         SIGINT and SIGTERM save at the next step, and then do what they did before.
 
         Raises:
-            TrainingError: where the loss is not finite, the disk is full, or something frozen has changed.
+            DivergedError: where the loss is not finite.
+            TrainingError: where the disk is full, or something frozen has changed.
         """
         state, settings = self.state, self.settings
         with kept_memory(), self.signals:
@@ -275,11 +276,11 @@ class Training:
             for held, fresh in zip(self.average.buffers(), self.model.buffers(), strict=True):
                 held.copy_(fresh)
 
-    def _diverged(self, loss: float, where: str = "") -> TrainingError:
+    def _diverged(self, loss: float, where: str = "") -> DivergedError:
         where = where or f"epoch {self.state.epoch + 1}, step {self.state.step + 1}"
         rate = max(group["lr"] for group in self.optimizer.param_groups)
         remedy = f"Lower --learning-rate (here {rate:.3g}), or give --clip-norm 1."
-        return TrainingError(where, f"the loss is {loss}: training has diverged", remedy)
+        return DivergedError(where, f"the loss is {loss}: training has diverged", remedy)
 
     def _cuda(self) -> list[torch.device]:
         return [self.device] if self.device.type == "cuda" else []

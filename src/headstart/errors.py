@@ -83,6 +83,10 @@ class TrainingError(HeadstartError):
     what = "training"
 
 
+class DivergedError(TrainingError):
+    """Training whose loss is not finite any more."""
+
+
 class ModelFileError(HeadstartError):
     """A model file that cannot be loaded."""
 

@@ -50,6 +50,7 @@ PICTURES = 2_000  # that variants are compared on: more move the choice little
 VIEWED = 1_000  # pictures that other views are tried on: 400 misled on X-rays
 ROOM_BYTES = 2**30  # that features of several views, and a head's answers to them, may take
 LARGEST_SET = max(map(len, VIEW_SETS.values()))
+RESAMPLES = 1000  # for intervals where pictures are in groups
 SHARES = (1 / 8, 1 / 4, 1 / 2)  # of the pictures, for the learning curve
 ENOUGH = 16  # pictures that the least share must have
 
@@ -204,9 +205,15 @@ class Table:
             hits = head.logits.argmax(1) == targets.argmax(1)
         return hits
 
+    def draw(self, head: FittedHead) -> tuple[NDArray[np.uint16], bool]:
+        """(how often each answer out of fold is drawn, (resamples, n), whether groups are)."""
+        groups = [self.samples[row].group for row in head.rows]
+        resamples = RESAMPLES if any(groups) else 0
+        return metrics.draw_weights(np.zeros(len(groups), np.int64), groups, resamples, self.seed), any(groups)
+
     def describe(self, head: FittedHead, taps: Sequence[str], views: Sequence[ViewName]) -> Variant:
         """A fitted head as its answers out of fold show it."""
-        right = metrics.wilson(int(self.are_right(head).sum()), len(head.rows))
+        right = metrics.proportion(self.are_right(head), *self.draw(head))
         loss, shown = head.candidates[0].log_loss, (right.value, right.low, right.high)
         return Variant(tuple(taps), tuple(views), head.kind, loss, *shown, len(self.samples))
 

@@ -223,7 +223,12 @@ def measure_pace(bench: Bench, phase: Train, config: RunConfig, folder: Path) ->
         None if chosen_cache == "none" else cache / "layouts",
         activations,
     )
-    return dataclasses.replace(pace, name=phase.name, look_seconds=bench.look_seconds if phase.name else 0.0)
+    if not phase.name:
+        return pace
+    supply = bench.time_supply(phase)
+    if bench.device.type != "cpu":  # pictures are made ready while the device computes
+        supply = max(0.0, supply - pace.seconds)
+    return dataclasses.replace(pace, name=phase.name, look_seconds=bench.look_seconds, supply_seconds=supply)
 
 
 @dataclass(frozen=True, eq=False)

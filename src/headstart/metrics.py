@@ -66,11 +66,11 @@ class Comparison:
     """How much more often one of two is right on the same pictures: the difference of accuracies, and a p-value."""
 
     difference: Estimate
-    p_value: float
+    p_value: float | None  # None where pictures, or whole runs, are drawn
 
     def __str__(self) -> str:
-        d = self.difference
-        return f"{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}], p = {self.p_value:.2g}"
+        d, told = self.difference, "" if self.p_value is None else f", p = {self.p_value:.2g}"
+        return f"{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]{told}"
 
 
 def compare(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> Comparison:
@@ -104,6 +104,23 @@ def compare(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> Comparison:
     odd = only_first + only_second
     tail = sum(math.comb(odd, k) for k in range(min(only_first, only_second) + 1)) / 2**odd
     return Comparison(Estimate(value, max(-1.0, low), min(1.0, high), n), min(1.0, 2 * tail))
+
+
+def compare_drawn(first: NDArray[np.bool_], second: NDArray[np.bool_], weights: NDArray[Any]) -> Comparison:
+    """The paired difference of two accuracies, first minus second, by bootstrap, and no p-value.
+
+    Args:
+        first: (n,) whether one classifier is right.
+        second: (n,) whether the other is, picture by picture.
+        weights: (resamples, n) how often each picture is drawn, with all of its group.
+    """
+    gain = first.astype(np.float32) - second
+
+    def difference(weights: Floats) -> Floats:
+        found: Floats = (weights @ gain) / weights.sum(1)
+        return found
+
+    return Comparison(bootstrap(difference, weights, len(gain)), None)
 
 
 def draw_weights(strata: NDArray[np.int64], groups: Sequence[str], resamples: int, seed: int) -> NDArray[np.uint16]:

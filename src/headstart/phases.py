@@ -1,4 +1,4 @@
-"""A plan carried out: a head fitted, weights trained, and the two held against each other on pictures kept for that.
+"""A plan settled and carried out: a head fitted, weights trained, the two held against each other on pictures kept.
 
 Between the fitted head and what training made of it lie all models whose weights are some way from the one's to the
 other's; they often are better than both (WiSE-FT, Wortsman et al., 2022).
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,23 +20,81 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from headstart import evaluation, fitting, metrics
+from headstart import evaluation, fitting, metrics, plan, splits
 from headstart.backbones import Backbone
 from headstart.bench import Bench, answer, embed
+from headstart.config import RunConfig
 from headstart.data import Sample
 from headstart.engine import Adapted
+from headstart.errors import DivergedError
 from headstart.fitting import Trained
 from headstart.heads import FittedHead
 from headstart.images import View
 from headstart.model import Classifier
-from headstart.plan import Choose, FitHead, Phase, Plan, Train
-from headstart.runs import RunFolder
+from headstart.plan import Choose, FitHead, Phase, Plan, Situation, Timing, Train
+from headstart.runs import Clock, RunFolder
 from headstart.strategies import Strategy
 from headstart.verdicts import can_win, show_views
 
+log = logging.getLogger(__name__)
+
+
+def settle(
+    folder: RunFolder, bench: Bench, situation: Situation, config: RunConfig, groups: Mapping[str, str], clock: Clock
+) -> tuple[Plan, FittedHead | None]:
+    """(the plan, written; the head that it begins with, where that was fitted to know how long it takes).
+
+    What takes time is measured once: an interrupted run's timing is kept, as another one would end with other bits.
+
+    Args:
+        folder: of the run.
+        bench: what phases work on.
+        situation: the facts.
+        config: the settings.
+        groups: source -> group, of what must stay together.
+        clock: of the run.
+    """
+
+    def agree(timing: Timing) -> Timing:
+        return Timing.from_json(bench.world.tell(dataclasses.asdict(timing)))
+
+    def make(timing: Timing) -> Plan:
+        return plan.decide(dataclasses.replace(situation, timing=timing), config)
+
+    before, head = (folder.read_json("plan.json") or {}).get("timing"), None
+    timing = agree(Timing.from_json(before) if before else Timing((), clock.left()))
+    chosen = make(timing)
+    fitting.check_settings(bench, chosen)
+    if chosen.chooses and not before:
+        start, first = time.perf_counter(), chosen.phases[0]
+        assert isinstance(first, FitHead)
+        splits.demand_folds(bench.dataset, first.folds)
+        head = fit_head(bench, bench.dataset.of_role("fit"), groups, first)
+        timing = agree(Timing((), clock.left(), time.perf_counter() - start))
+        chosen = make(timing)
+    while (phase := chosen.unmeasured) is not None:
+        pace = fitting.measure_pace(bench, phase, config, folder.path)
+        timing = agree(dataclasses.replace(timing, paces=(*timing.paces, pace), seconds_left=clock.left()))
+        chosen = make(timing)
+    for part in chosen.phases:
+        if isinstance(part, FitHead):
+            splits.demand_folds(bench.dataset, part.folds)
+    folder.write_json("plan.json", chosen.to_json())
+    return chosen, head
+
+
+def fit_head(bench: Bench, samples: Sequence[Sample], groups: Mapping[str, str], phase: FitHead) -> FittedHead:
+    """The head of a phase on some pictures."""
+    return fitting.fit_heads(bench.rows(samples), samples, bench.dataset, groups, phase, bench.seed)
+
 
 def carry_out(
-    folder: RunFolder, chosen: Plan, bench: Bench, groups: Mapping[str, str], track: Any
+    folder: RunFolder,
+    chosen: Plan,
+    bench: Bench,
+    groups: Mapping[str, str],
+    track: Any,
+    head: FittedHead | None = None,
 ) -> tuple[Classifier, Plan]:
     """(the classifier that a plan's phases give, one after the other; the plan as it was carried out).
 
@@ -44,21 +104,19 @@ def carry_out(
         bench: what phases work on.
         groups: source -> group, of what must stay together.
         track: wraps the steps and epochs of training to show progress; called with them and their number.
+        head: on the `fit` pictures, where it was fitted already.
     """
     first, dataset = chosen.phases[0], bench.dataset
     fit, both = dataset.of_role("fit"), dataset.of_role("fit", "select")
-
-    def fit_head(samples: Sequence[Sample], phase: FitHead) -> FittedHead:
-        return fitting.fit_heads(bench.rows(samples), samples, dataset, groups, phase, bench.seed)
-
     if not isinstance(first, FitHead):
         trained = fitting.train_phases(folder, chosen, bench, None, track)
         return fitting.finish(bench, trained.adapted, trained.describe(bench, None), last_of(chosen)), trained.plan
-    head = start = fit_head(fit if chosen.trains else both, first)
+    head = start = head or fit_head(bench, fit if chosen.trains else both, groups, first)
     if not chosen.trains:
         return fitting.settle_head(bench, head, both), chosen
     if head.kind == "knn":  # has no weights to go on from
-        start = fit_head(fit, dataclasses.replace(first, heads=tuple(kind for kind in first.heads if kind != "knn")))
+        linear = tuple(kind for kind in first.heads if kind != "knn")
+        start = fit_head(bench, fit, groups, dataclasses.replace(first, heads=linear))
     if not chosen.chooses:
         trained = fitting.train_phases(folder, chosen, bench, start, track)
         return fitting.finish(bench, trained.adapted, trained.describe(bench, head), last_of(chosen)), trained.plan
@@ -66,7 +124,7 @@ def carry_out(
     arm, ended = decide(bench, chosen, arms, trainings, groups)
     folder.write_json("plan.json", ended.to_json())
     if not arm.share:
-        return fitting.settle_head(bench, fit_head(both, first), both), ended
+        return fitting.settle_head(bench, fit_head(bench, both, groups, first), both), ended
     phase, trained = find_training(chosen, arm.number), trainings[arm.number]
     model = interpolate(bench.begin(phase, start), trained.adapted, arm.share) if arm.share < 1 else trained.adapted
     return fitting.finish(bench, model, trained.describe(bench, start), phase, arm.views), ended
@@ -148,7 +206,13 @@ def compete(
     (target,) = bench.world.tell([float(plain.mean())])
     chosen = dataclasses.replace(chosen, phases=tuple(_aim(phase, target) for phase in chosen.phases))
     for number in fitting.list_trainings(chosen):
-        trainings[number] = fitting.train_arm(folder, chosen, number, bench, start, track)
+        try:
+            trainings[number] = fitting.train_arm(folder, chosen, number, bench, start, track)
+        except DivergedError as error:  # what is left is still good
+            why = f"{find_training(chosen, number).name}: given up, {error.subject}: {error.why}"
+            log.warning(why)
+            chosen = dataclasses.replace(chosen, reasons=(*chosen.reasons, why))
+            continue
         arms += weigh(bench, chosen, number, start, trainings[number].adapted)
     return arms, trainings, chosen
 

@@ -71,6 +71,7 @@ class Pace:
     seconds: float  # of a training step, for each of its pictures
     name: str = ""  # of what is trained
     look_seconds: float = 0.0  # of a picture's way through the network when a model is measured; 0: not needed
+    supply_seconds: float = 0.0  # in which a picture is opened, where memory does not keep it, and varied
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class Timing:
 
     paces: tuple[Pace, ...] = ()
     seconds_left: float | None = None  # of the time budget, after they were measured
+    head_seconds: float = 0.0  # in which a head is fitted
 
     def pace(self, name: str) -> Pace | None:
         """How fast something is trained; None where that was not measured."""
@@ -88,7 +90,7 @@ class Timing:
     def from_json(values: Mapping[str, Any]) -> Timing:
         """The timing in a plan's JSON values."""
         paces = (Pace(**{**pace, "layout": Layout(**pace["layout"])}) for pace in values["paces"])
-        return Timing(tuple(paces), values["seconds_left"])
+        return Timing(tuple(paces), values["seconds_left"], values["head_seconds"])
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class Situation:
     classes: int
     pictures: int  # that heads are fitted on, or weights trained; under `auto` with those of `select`
     select: int  # of the role `select`
-    smallest_class: int
+    smallest_class: int  # pictures of it; a class of one, which cannot be held out, is not counted
     folds: int  # that the smallest class and the groups allow
     device: str
     precision: str  # of features and predictions
@@ -314,22 +316,22 @@ def _plan_further(s: Situation, evidence: Evidence, config: RunConfig, first: Ph
     learned = dataclasses.replace(s, pictures=s.pictures - s.select)
     left = math.inf if s.timing.seconds_left is None else s.timing.seconds_left
     phases: list[Train] = []
-    outlook = Outlook(learned.pictures, s.select, 0.0, left)
     last = Choose(read_shares(config.train.interpolation), _list_views(config, first))
-    look_seconds = next((pace.look_seconds for pace in s.timing.paces if pace.name), 0.0)
-    left -= s.report * max(map(len, last.views)) * look_seconds
-    pace, offers = Pace(UNMEASURED, 0.0), _list_trainings(learned, evidence, config.engine, reasons)
-    for phase, least in offers:
-        # What was not measured yet is dearer than what was: it is measured where there may be time for it.
-        pace = s.timing.pace(phase.name) or Pace(UNMEASURED, DEARER * pace.seconds)
-        looks = _count_looks(learned, phase, last)
-        found = Outlook(learned.pictures, s.select, pace.seconds, left, look_seconds, looks)
+    pace, outlook = next(iter(s.timing.paces), Pace(UNMEASURED, 0.0)), Outlook(0.0, 0.0, 0.0, left)
+    left -= s.timing.head_seconds  # the head is fitted once more in the end, and what is taken looks at the report
+    left -= s.report * (pace.supply_seconds + max(map(len, last.views)) * pace.look_seconds)
+    for phase, least in _list_trainings(learned, evidence, config.engine, reasons):
+        # What was not measured yet is taken to be dearer, and is measured where there may be time for it. Random
+        # weights are trained as all blocks are.
+        dearer = pace.seconds * (DEARER if phase.start == "pretrained" else 1.0)
+        pace = s.timing.pace(phase.name) or dataclasses.replace(pace, seconds=dearer, layout=UNMEASURED)
+        found = _foresee(learned, phase, last, pace, left)
         epochs, why = weigh_time(phase.name, found, phase.settings.epochs, least)
         reasons.append(why)
         if epochs:
             outlook, left = found, left - found.take(epochs)
             phases.append(_time(dataclasses.replace(phase, layout=pace.layout), epochs, found))
-    if phases and len(phases) < len(offers) and not config.engine.epochs:
+    if phases and not config.engine.epochs and not math.isinf(left):
         epochs = choose_epochs(outlook, LONGER * phases[-1].settings.epochs)
         if epochs > phases[-1].settings.epochs:
             phases[-1], left = _time(phases[-1], epochs, outlook), outlook.seconds_left - outlook.take(epochs)
@@ -337,18 +339,21 @@ def _plan_further(s: Situation, evidence: Evidence, config: RunConfig, first: Ph
     return [*(_give(phase, left / len(phases)) for phase in phases), last] if phases else []
 
 
+def _foresee(s: Situation, phase: Train, last: Choose, pace: Pace, left: float) -> Outlook:
+    """What a training would take; where activations are kept, pictures are opened and looked at once for each view."""
+    views, shares = {view for views in last.views for view in views}, len(last.shares)
+    kept, step, look, supply = phase.settings.cached_views, pace.seconds, pace.look_seconds, pace.supply_seconds
+    supply_each = 0.0 if kept else supply
+    judged = s.select * (look + supply_each)
+    weighed = s.select * (shares if phase.start == "pretrained" else 1) * (supply + len(views) * look)
+    around = AROUND * s.pictures * step + s.pictures * kept * (supply + look) + weighed
+    return Outlook(s.pictures * (step + supply_each) + judged, judged, around, left)
+
+
 def _time(phase: Train, epochs: int, outlook: Outlook) -> Train:
     """A phase of so many epochs, and the time that they may take."""
-    start = outlook.select * outlook.look_seconds  # is looked at as if it were an epoch
-    seconds = None if math.isinf(outlook.seconds_left) else SLOWER * (outlook.take(epochs) - outlook.take(0) + start)
+    seconds = None if math.isinf(outlook.seconds_left) else outlook.take(epochs) - outlook.around_seconds
     return dataclasses.replace(phase, settings=dataclasses.replace(phase.settings, epochs=epochs), seconds=seconds)
-
-
-def _count_looks(s: Situation, phase: Train, last: Choose) -> int:
-    """Pictures that go through the network beside a training's epochs: for its start, its activations, its weighing."""
-    shares = len(last.shares) if phase.start == "pretrained" else 1
-    seen = {view for views in last.views for view in views}
-    return s.select * (1 + shares * len(seen)) + s.pictures * phase.settings.cached_views
 
 
 def _list_views(config: RunConfig, first: Phase) -> tuple[tuple[View, ...], ...]:
@@ -361,14 +366,16 @@ def _list_views(config: RunConfig, first: Phase) -> tuple[tuple[View, ...], ...]
 
 
 def _give(phase: Train, seconds: float) -> Train:
-    """A phase with its share of the time that nobody needs."""
-    return phase if phase.seconds is None else dataclasses.replace(phase, seconds=phase.seconds + seconds)
+    """A phase with its share of the time that nobody needs; it may be a little slower than foreseen anyway."""
+    if phase.seconds is None:
+        return phase
+    return dataclasses.replace(phase, seconds=max(SLOWER * phase.seconds, phase.seconds + seconds))
 
 
 def _list_trainings(
     s: Situation, evidence: Evidence, engine: EngineConfig, reasons: list[str]
 ) -> list[tuple[Train, int]]:
-    """(a phase with as many epochs as it may have, how many it has to have at least), the cheapest first."""
+    """(a phase with as many epochs as it should have, how many it has to have at least), the cheapest first."""
     freeze = engine.freeze if engine.freeze != "0" else ""
     boundary, why = find_boundary(evidence, freeze)
     found = []
@@ -376,7 +383,7 @@ def _list_trainings(
         tuned = dataclasses.replace(
             engine,
             epochs=engine.epochs or TUNED_EPOCHS,
-            learning_rate=engine.learning_rate or TUNED_RATE,
+            learning_rate=engine.learning_rate or _scale_rate(TUNED_RATE, engine),
             freeze=boundary,
             cached_views=engine.cached_views or TUNED_VIEWS,
         )
@@ -406,7 +413,7 @@ def settle(s: Situation, strategy: Strategy, engine: EngineConfig) -> EngineConf
         engine,
         epochs=engine.epochs or EPOCHS[strategy],
         batch_size=engine.batch_size or choose_batch_size(s.pictures),
-        learning_rate=engine.learning_rate or RATES[strategy] * (SGD_OVER_ADAM if engine.optimizer == "sgd" else 1.0),
+        learning_rate=engine.learning_rate or _scale_rate(RATES[strategy], engine),
         layer_decay=engine.layer_decay or (1.0 if strategy == "scratch" else LAYER_DECAY),
         loss=("bce-with-logits" if s.task == "multi" else "cross-entropy") if engine.loss == "auto" else engine.loss,
         batch_norm=("train" if strategy == "scratch" else "frozen")
@@ -414,6 +421,11 @@ def settle(s: Situation, strategy: Strategy, engine: EngineConfig) -> EngineConf
         else engine.batch_norm,
         augment=_settle_augment(strategy, engine),
     )
+
+
+def _scale_rate(rate: float, engine: EngineConfig) -> float:
+    """A learning rate that suits AdamW, for the optimiser that is set."""
+    return rate * (SGD_OVER_ADAM if engine.optimizer == "sgd" else 1.0)
 
 
 def _settle_augment(strategy: Strategy, engine: EngineConfig) -> str:
@@ -428,9 +440,10 @@ def _settle_augment(strategy: Strategy, engine: EngineConfig) -> str:
 EPOCHS: dict[Strategy, int] = {"probe": 100, "finetune": 10, "lp-ft": 6, "two-stage": 8, "scratch": SCRATCH_EPOCHS}
 RATES: dict[Strategy, float] = {"probe": 1e-3, "finetune": 3e-4, "lp-ft": 1e-4, "two-stage": 3e-4, "scratch": 2e-3}
 SGD_OVER_ADAM = 10.0
+AROUND = 0.5  # of an epoch's steps: what a training takes beside all that is counted
 TUNED_RATE, TUNED_VIEWS = 3e-4, 4  # of the last blocks alone, and the views of each picture that they are shown
 SLOWER = 1.1  # times its foreseen time a training may take: the last epochs of a schedule are the best
-LONGER = 2  # times as many epochs, at most, where nothing dearer fits into what is left of the time
+LONGER = 2  # times as many epochs, at most, the last training has where there is time left
 DEARER = 2.5  # a step of what is not measured yet, over that of what is: all blocks over the last ones
 UNMEASURED = Layout("float32", False)
 LAYER_DECAY = 0.75  # of the next block's rate; the first of nine blocks learns at a tenth of the head's

@@ -39,14 +39,20 @@ def assign_roles(dataset: Dataset, groups: Mapping[str, str], report_share: floa
     )
 
 
-def assign_select(dataset: Dataset, groups: Mapping[str, str], share: float, seed: int) -> Dataset:
+def assign_select(dataset: Dataset, groups: Mapping[str, str], share: float, seed: int, few: int = 1) -> Dataset:
     """The data set with a share of `fit` in `select`, stratified and grouped; a given `select` stays.
 
-    A class of one picture or group stays in `fit`.
+    A class of up to `few` pictures or groups stays in `fit`, with all that does not part from it.
     """
     if dataset.of_role("select"):
         return dataset
-    fitted = dataset.of_role("fit")
+    units = _count_units(dataset.of_role("fit"), groups)
+    small = {
+        groups.get(sample.source, sample.source)
+        for sample in dataset.of_role("fit")
+        if any(units[label] <= few for label in sample.labels)
+    }
+    fitted = [sample for sample in dataset.of_role("fit") if groups.get(sample.source, sample.source) not in small]
     parts = _deal(fitted, groups, (1.0 - share, share), seed, at_least_one=True)
     chosen = {sample.source for sample, part in zip(fitted, parts, strict=True) if part}
     return dataset.with_samples(
@@ -89,8 +95,13 @@ def assign_folds(samples: Sequence[Sample], groups: Mapping[str, str], folds: in
 
 
 def count_folds(samples: Sequence[Sample], groups: Mapping[str, str], wanted: int) -> int:
-    """As many folds as wanted, fewer where a class has fewer pictures or groups; 0 where nothing can be held out."""
-    several = [count for count in _count_units(samples, groups).values() if count > 1]
+    """As many folds as wanted, fewer where a class has fewer pictures or groups; 0 where nothing can be held out.
+
+    Only pictures that can be held out count: the others are learned from in every fold.
+    """
+    held_out = zip(samples, can_be_held_out(samples, groups), strict=True)
+    counts = _count_units([sample for sample, can_be in held_out if can_be], groups)
+    several = [count for count in counts.values() if count > 1]
     return min([wanted, *several]) if several else 0
 
 

@@ -42,7 +42,7 @@ from headstart.data import Dataset, Sample, count_classes
 from headstart.errors import ConfigError, DataError, RunError
 from headstart.features import Survey, Track
 from headstart.networks import Network, find_network
-from headstart.plan import FitHead, Plan, Situation, Timing
+from headstart.plan import FitHead, Plan, Situation
 from headstart.processes import World
 from headstart.quality import Audit
 from headstart.runs import RunFolder
@@ -150,13 +150,14 @@ def _conduct(
         sight.rows(dataset.samples)  # computed before it is asked how much time is left
     clock.mark("evidence")
     bench = _set_up(dataset, network, view, sight, config, world)
-    chosen = _decide(folder, bench, audit, config, view, sight, clock)
+    situation = dataclasses.replace(_situate(dataset, audit, config, view), evidence=sight.evidence)
+    chosen, head = phases.settle(folder, bench, situation, config, audit.groups, clock)
     folder.write_json("audit.json", audit.to_json())
     folder.write_text("split.csv", splits.to_csv(dataset))
     clock.mark("audit")
     if dry_run:
         return chosen
-    classifier, chosen = phases.carry_out(folder, chosen, bench, audit.groups, track)
+    classifier, chosen = phases.carry_out(folder, chosen, bench, audit.groups, track, head)
     clock.mark("training" if chosen.trains else "heads")
     report = dataset.of_role("report")
     if classifier.backbone is bench.backbone:
@@ -328,7 +329,8 @@ def _deal(given: Dataset, survey: Survey, config: RunConfig) -> tuple[Audit, Dat
     dataset = splits.assign_roles(audit.clean, audit.groups, config.train.report_share, config.train.seed)
     if strategies.may_train(config):
         whole = dataset
-        dataset = splits.assign_select(dataset, audit.groups, config.train.select_share, config.train.seed)
+        few = 1 if strategies.trains(config) else config.train.folds  # else there would be fewer folds
+        dataset = splits.assign_select(dataset, audit.groups, config.train.select_share, config.train.seed, few)
         if not strategies.trains(config) and not _can_choose(whole, dataset, audit, config):
             dataset = splits.give_select_to_fit(whole)
         elif not dataset.of_role("select"):
@@ -343,9 +345,8 @@ def _deal(given: Dataset, survey: Survey, config: RunConfig) -> tuple[Audit, Dat
             raise DataError(given.root, why, "Add some, or take the class away.")
     if not dataset.of_role("report"):
         what = "groups" if any(sample.group for sample in dataset.samples) else "pictures"
-        raise DataError(
-            given.root, f"has too few {what} to keep any for the report", f"Give a class two {what} or more."
-        )
+        why = f"has too few {what} to keep any for the report"
+        raise DataError(given.root, why, f"Give a class two {what} or more.")
     return audit, dataset
 
 
@@ -416,38 +417,12 @@ def _situate(dataset: Dataset, audit: Audit, config: RunConfig, view: View) -> S
         len(dataset.classes),
         len(fitted),
         len(dataset.of_role("select")),
-        min(count_classes(fitted).values()),
+        min((count for count in count_classes(fitted).values() if count > 1), default=1),
         splits.count_folds(fitted, audit.groups, config.train.folds),
         view.device,
         view.precision,
         report=len(dataset.of_role("report")),
     )
-
-
-def _decide(
-    folder: RunFolder, bench: Bench, audit: Audit, config: RunConfig, view: View, sight: Sight, clock: runs.Clock
-) -> Plan:
-    """The plan, written; an interrupted run's timing is kept, as another one would end with other bits."""
-    from headstart import fitting
-
-    def agree(timing: Timing) -> Timing:
-        return Timing.from_json(bench.world.tell(dataclasses.asdict(timing)))
-
-    before = (folder.read_json("plan.json") or {}).get("timing")
-    timing = agree(Timing.from_json(before) if before else Timing((), clock.left()))
-    situation = _situate(bench.dataset, audit, config, view)
-    situation = dataclasses.replace(situation, evidence=sight.evidence, timing=timing)
-    chosen = plan.decide(situation, config)
-    fitting.check_settings(bench, chosen)
-    while (phase := chosen.unmeasured) is not None:
-        pace = fitting.measure_pace(bench, phase, config, folder.path)
-        timing = agree(Timing((*timing.paces, pace), clock.left()))
-        chosen = plan.decide(dataclasses.replace(situation, timing=timing), config)
-    for part in chosen.phases:
-        if isinstance(part, FitHead):
-            splits.demand_folds(bench.dataset, part.folds)
-    folder.write_json("plan.json", chosen.to_json())
-    return chosen
 
 
 def _without_duplicates(report: Sequence[Sample], dataset: Dataset, audit: Audit) -> list[int]:

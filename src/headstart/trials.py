@@ -24,7 +24,7 @@ from headstart.blocks import Block
 from headstart.config import EngineConfig
 from headstart.data import Task
 from headstart.engine import Adapted, Training, kept_memory
-from headstart.errors import TrainingError
+from headstart.errors import DivergedError, TrainingError
 from headstart.files import write_whole
 from headstart.images import Preprocess
 from headstart.material import Material
@@ -72,7 +72,8 @@ def find_pace(
     file = None
     if cache is not None:
         side = preprocess.size if activations is None else activations.shape
-        described = (name, side, batch, settings.freeze, settings.batch_norm, settings.optimizer, precision)
+        trained = settings.freeze, settings.rates, settings.batch_norm, settings.optimizer
+        described = (name, side, batch, *trained, precision)
         key = hashlib.sha256(json.dumps([*described, _describe_machine(device)]).encode()).hexdigest()[:32]
         file = cache / f"layout-{key}.json"
         known = _recall(file)
@@ -165,7 +166,7 @@ def _time_steps(
             start = time.perf_counter()
             training.take_step(parallel, window)
             times.append(time.perf_counter() - start)
-    except (RuntimeError, TypeError, TrainingError) as error:  # no kernel for a layer in this format, or it overflows
+    except (RuntimeError, TypeError, DivergedError) as error:  # no kernel for a layer in this format, or it overflows
         log.info("training in %s is not possible: %s", layout, str(error).splitlines()[0])
         return math.inf
     return min(times[1:])  # what else the machine does only adds
@@ -205,7 +206,7 @@ def find_rate(training: Training) -> RangeTest:
                 before = state.totals[0], state.totals[2]
                 try:
                     training.take_step(parallel, window, rate)
-                except TrainingError:  # diverged: the test has seen what it wanted to
+                except DivergedError:  # the test has seen what it wanted to
                     return _suggest(rates, smoothed)
                 loss = (state.totals[0] - before[0]) / (state.totals[2] - before[1])
                 running = SMOOTHING * running + (1 - SMOOTHING) * loss

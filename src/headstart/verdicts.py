@@ -19,10 +19,9 @@ WORTH_DEPTH, WORTH_VIEWS = 0.01, 0.02
 # Neither other views nor training further are tried where the error by cross-validation is less than this share of
 # what always saying the most frequent class gives: half of a hundredth for two equal classes.
 LITTLE = 0.02
-# Training further: epochs over the last blocks, at most; at least, whatever is trained; what else it takes, in epochs:
-# pictures decoded, heads fitted again.
-TUNED_EPOCHS, LEAST_EPOCHS, AROUND = 6, 3, 0.5
-# Everything trained: so many pictures are shown in all, in this many epochs at most: few pictures are shown more often
+# Training further: epochs over the last blocks, where others follow; the least, whatever is trained.
+TUNED_EPOCHS, LEAST_EPOCHS = 6, 3
+# Everything trained: so many pictures are shown in all, in this many epochs or fewer: few pictures are shown more often
 # (in the spirit of BiT's rule, Kolesnikov et al., 2020).
 WHOLE_PICTURES, WHOLE_EPOCHS = 20_000, 12
 # From random weights: epochs at most and at least, on so many pictures and so far from the pretraining ones at least.
@@ -182,19 +181,16 @@ def list_views(best: Variant, symmetry: str, common: float, most: int) -> tuple[
 
 @dataclass(frozen=True)
 class Outlook:
-    """What training further would be: of how many pictures, at which pace, in which time."""
+    """What training further would take, and how much time there is for it."""
 
-    pictures: int  # to train on
-    select: int  # to choose by
-    step_seconds: float  # of training, for each picture; 0: not measured yet
+    epoch_seconds: float  # with its look at the select pictures; 0: not measured yet
+    start_seconds: float  # of the look at them before training
+    around_seconds: float  # of all else that comes before and after
     seconds_left: float  # of the time budget
-    look_seconds: float = 0.0  # of a picture's way through the network, as it is when models are measured
-    looks_around: int = 0  # pictures that go through it before and after, each as often as it does
 
-    def take(self, epochs: float) -> float:
+    def take(self, epochs: int) -> float:
         """Seconds that so many epochs take, with all that is around them."""
-        looks = epochs * self.select + self.looks_around
-        return (epochs + AROUND) * self.pictures * self.step_seconds + looks * self.look_seconds
+        return self.around_seconds + self.start_seconds + epochs * self.epoch_seconds
 
 
 def choose_epochs(outlook: Outlook, most: int, least: int = LEAST_EPOCHS) -> int:
