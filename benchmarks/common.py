@@ -80,8 +80,15 @@ def tutorial_loaders(data: Path, batch: int) -> dict:
     }
 
 
+class Failed(SystemExit):
+    """A command that failed, with what it said; where nobody catches it, that ends the process."""
+
+
 def run(command: Sequence[str | os.PathLike[str]], cache: Path) -> tuple[float, int]:
     """Seconds and peak resident bytes of a command in a fresh process (Unix); its output is shown only if it fails.
+
+    Raises:
+        Failed: where its exit status is not 0.
 
     Linux counts what the parent held at the start as the child's: measure memory from a parent without torch.
     """
@@ -94,7 +101,7 @@ def run(command: Sequence[str | os.PathLike[str]], cache: Path) -> tuple[float, 
         child.returncode = os.waitstatus_to_exitcode(status)
         if child.returncode:
             output.seek(0)
-            sys.exit(f"{command} failed:\n{output.read().decode(errors='replace')}")
+            raise Failed(f"{command} failed:\n{output.read().decode(errors='replace')}")
     return seconds, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

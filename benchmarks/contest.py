@@ -5,8 +5,9 @@ python benchmarks/contest.py --sets dogscats --entrants headstart sklearn
 python benchmarks/contest.py --report  (no run; only docs/contest.md and its plot, from the rows that are there)
 
 Each run is a whole process and leaves one line of JSON; the same command goes on where it was interrupted, and runs
-nothing twice, but for headstart where its source has changed since: the later row counts. rivals.py says how each rival
-is set up, standings.py makes the document of the rows.
+nothing twice, but for headstart where its source has changed since: the later row counts. A run that fails is said and
+leaves no line. rivals.py says how each rival is set up, unseen.py gets two of the sets, and standings.py makes the
+document.
 
 Expected (2-core machine): the tables in docs/contest.md.
 """
@@ -28,9 +29,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import run
+from common import Failed, run
 from sets import DATA
-from standings import CUT, EPOCHS, FULL_ONLY, LARGEST, OURS, RIVALS, SEEDS, SETS, SHOTS, Row, write_report
+from standings import CUT, EPOCHS, FULL_ONLY, LARGEST, OURS, RIVALS, SEEDS, SETS, SHOTS, UNSEEN, Row, write_report
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPORT = (
@@ -52,21 +53,29 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="run nothing, only write docs/contest.md from the rows")
     given = parser.parse_args()
     if not given.report:
-        if not DATA.is_dir():
+        there = [name for name in given.sets if find_images(name).is_dir()]
+        if not there:
             sys.exit("needs real pictures: set HEADSTART_TEST_DATA")
+        if len(there) < len(given.sets):
+            print("not there:", *(name for name in given.sets if name not in there))
         if set(given.entrants) & set(RIVALS) and not given.rivals.exists():
             sys.exit(f"{given.rivals} is not there: `make contest` sets up the rivals, or give --rivals")
-        cases = [(name, cut, seed) for cut, seeds in SEEDS.items() for name in given.sets for seed in seeds]
-        hold(cases, given.entrants, given.rivals, given.rows)
+        cases = [(name, cut, seed) for cut, seeds in SEEDS.items() for name in there for seed in seeds]
+        whole = hold(cases, given.entrants, given.rivals, given.rows)
     write_report(read_rows(given.rows), ROOT / "docs/contest.md")
+    sys.exit(0 if given.report or whole else 1)
 
 
 # The runs
 
 
-def hold(cases: Sequence[Case], entrants: Sequence[str], python: Path, file: Path) -> None:
-    """Every run that has no row yet, one after the other; each row is written as soon as its run is over."""
-    rows = read_rows(file)
+def hold(cases: Sequence[Case], entrants: Sequence[str], python: Path, file: Path) -> bool:
+    """Every run that has no row yet, one after the other; each row is written as soon as its run is over.
+
+    Returns:
+        Whether none failed.
+    """
+    rows, whole = read_rows(file), True
     if file.exists():
         os.truncate(file, len(whole_lines(file.read_bytes())))
     code = digest_source()
@@ -79,11 +88,17 @@ def hold(cases: Sequence[Case], entrants: Sequence[str], python: Path, file: Pat
             for entrant in entrants:
                 if (*case, entrant) in done or (case[1] == CUT and entrant in FULL_ONLY):
                     continue
-                row = measure(case, entrant, python, weights)
+                try:
+                    row = measure(case, entrant, python, weights)
+                except Failed as failure:  # the others are still worth their time
+                    print(*case, entrant, failure, file=sys.stderr, flush=True)
+                    whole = False
+                    continue
                 row |= {} if entrant in RIVALS else {"source": code}
                 lines.write(json.dumps(row, separators=(",", ":")).encode() + b"\n")
                 lines.flush()
                 print(*case, entrant, f"accuracy {row['accuracy']:.3f}, {row['seconds']:.0f} s", flush=True)
+    return whole
 
 
 def whole_lines(content: bytes) -> bytes:
@@ -94,7 +109,11 @@ def whole_lines(content: bytes) -> bytes:
 def read_rows(file: Path) -> list[Row]:
     """The rows of a file, of each run the last."""
     lines = whole_lines(file.read_bytes()).splitlines() if file.exists() else []
-    return list({key_of(row): row for row in map(json.loads, lines)}.values())
+    rows: dict[tuple[Any, ...], Row] = {}
+    for row in map(json.loads, lines):
+        rows.pop(key_of(row), None)  # a later one has the later place, too
+        rows[key_of(row)] = row
+    return list(rows.values())
 
 
 def key_of(row: Row) -> tuple[Any, ...]:
@@ -113,7 +132,7 @@ def digest_source() -> str:
 
 def measure(case: Case, entrant: str, python: Path, weights: Path) -> Row:
     """An entrant's run in a fresh process with an empty cache, as a row."""
-    images = (DATA / case[0]).absolute()
+    images = find_images(case[0]).absolute()
     pictures = list_pictures(images, case)
     with tempfile.TemporaryDirectory(prefix="headstart-") as folder:
         table, out = Path(folder, "table.csv"), Path(folder, "run")
@@ -124,12 +143,20 @@ def measure(case: Case, entrant: str, python: Path, weights: Path) -> Row:
         labels = read_labels(out / "predictions.csv", images)
         plan, environment = (json.loads((out / f"{name}.json").read_text()) for name in ("plan", "environment"))
     classes = sorted({label for _, label, _ in pictures})
-    test = [(classes.index(label), classes.index(labels[image])) for image, label, split in pictures if split == "test"]
+    numbers = {label: number for number, label in enumerate(classes)}
+    # A picture without an answer counts as wrong: as of a class that there is not.
+    test = [
+        (numbers[label], numbers.get(labels.get(image, ""), len(classes)))
+        for image, label, split in pictures
+        if split == "test"
+    ]
     return {
         **dict(zip(("set", "cut", "seed"), case)),
         "entrant": entrant,
         "seconds": round(seconds, 2),
         "memory": memory,
+        "pictures": digest_pictures(images, pictures),
+        "trained": sum(split == "train" for *_, split in pictures),
         "n": len(test),
         "accuracy": sum(true == predicted for true, predicted in test) / len(test),
         "true": [true for true, _ in test],
@@ -138,6 +165,19 @@ def measure(case: Case, entrant: str, python: Path, weights: Path) -> Row:
         "versions": environment["versions"],
         "machine": describe_machine(),
     }
+
+
+def find_images(name: str) -> Path:
+    """The folder of a set: beside the others, or where unseen.py writes."""
+    return DATA / name if name not in UNSEEN else ROOT / ".contest/data" / name
+
+
+def digest_pictures(images: Path, pictures: Pictures) -> str:
+    """A digest of pictures, labels and splits, by which it is told whether two rows are of the same."""
+    running = hashlib.sha256()
+    for image, label, split in pictures:
+        running.update(f"{image}\0{label}\0{split}\0".encode() + hashlib.sha256((images / image).read_bytes()).digest())
+    return running.hexdigest()[:12]
 
 
 def list_pictures(images: Path, case: Case) -> Pictures:
