@@ -21,6 +21,7 @@ check: $(TOOLS)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	cd benchmarks && $(abspath $(BIN))/mypy --config-file= --check-untyped-defs --ignore-missing-imports *.py
 
 format: $(TOOLS)
 	$(BIN)/ruff format .
@@ -30,6 +31,7 @@ format: $(TOOLS)
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/ants_bees.py
 	$(BIN)/python benchmarks/sets.py
+	$(BIN)/python benchmarks/budgets.py
 	$(BIN)/python benchmarks/strategies.py
 	$(BIN)/python benchmarks/train.py
 	$(BIN)/python benchmarks/finetuning.py

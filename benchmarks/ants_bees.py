@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -75,7 +76,7 @@ def tutorial(data: Path, epochs: int) -> Iterator[dict[str, float]]:
     torch.manual_seed(0)
     loaders = tutorial_loaders(data, 4)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    body = timm.create_model("tf_efficientnet_lite0", num_classes=0)
+    body: Any = timm.create_model("tf_efficientnet_lite0", num_classes=0)
     body.load_state_dict(backbones.load(backbones.locate("efficientnet_lite0")).state_dict())
     for parameter in body.parameters():
         parameter.requires_grad = False
@@ -90,7 +91,7 @@ def tutorial(data: Path, epochs: int) -> Iterator[dict[str, float]]:
             start = time.perf_counter()
             for phase in ("train", "val"):
                 model.train(phase == "train")
-                loss_sum, correct = 0.0, 0
+                loss_sum, correct = 0.0, 0.0
                 for inputs, labels in loaders[phase]:
                     inputs, labels = inputs.to(device), labels.to(device)
                     optimizer.zero_grad()

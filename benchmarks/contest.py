@@ -123,7 +123,9 @@ def key_of(row: Row) -> tuple[Any, ...]:
 
 def digest_source() -> str:
     """A digest of headstart's modules, by which it is told what a row was measured with."""
-    (folder,) = importlib.util.find_spec("headstart").submodule_search_locations
+    found = importlib.util.find_spec("headstart")
+    assert found is not None and found.submodule_search_locations
+    (folder,) = found.submodule_search_locations
     running = hashlib.sha256()
     for file in sorted(Path(folder).glob("*.py")):
         running.update(file.name.encode() + file.read_bytes())

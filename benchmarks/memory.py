@@ -74,11 +74,11 @@ def measure(few: int, many: int) -> None:
 
 def look(pictures: Path) -> None:
     """The reading of `headstart train`: every picture's facts and features."""
-    from headstart import backbones, config, read, training
+    from headstart import backbones, config, read, views
 
     settings = config.resolve(None, {})
     located = backbones.locate(settings.model.backbone)
-    training.look(read(pictures), located.spec, lambda: backbones.load(located), settings, lambda items, total: items)
+    views.look(read(pictures), located.spec, lambda: backbones.load(located), settings, lambda items, total: items)
 
 
 def fit() -> None:

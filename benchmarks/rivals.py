@@ -201,7 +201,8 @@ def load(images: Path, pictures: Pictures, steps: list, batch: int, workers: int
 
     transform = transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
     collate = functools.partial(open_batch, images, transform)
-    return DataLoader(pictures, batch_size=batch, shuffle=shuffle, num_workers=workers, collate_fn=collate)
+    listed: Any = pictures  # is all that a loader asks for
+    return DataLoader(listed, batch_size=batch, shuffle=shuffle, num_workers=workers, collate_fn=collate)
 
 
 def open_batch(folder: Path, transform: Any, pictures: Pictures) -> tuple:

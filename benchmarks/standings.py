@@ -129,9 +129,9 @@ def collect(rows: Sequence[Row]) -> Results:
     results: Results = {(name, cut): {} for cut in SEEDS for name in SETS}
     for (name, cut), entrants in results.items():
         for entrant in (*OURS, *RIVALS):
-            runs = [by_run.get((name, cut, entrant, seed)) for seed in SEEDS[cut]]
-            if all(runs):
-                entrants[entrant] = merge(runs)
+            keys = [(name, cut, entrant, seed) for seed in SEEDS[cut]]
+            if all(key in by_run for key in keys):
+                entrants[entrant] = merge([by_run[key] for key in keys])
     return results
 
 

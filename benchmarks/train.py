@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from common import tutorial_loaders
 
@@ -116,7 +117,8 @@ def tutorial(data: Path, network: str, batch: int) -> list[float]:
         start = time.perf_counter()
         for part in ("train", "val"):
             model.train(part == "train")
-            running_loss, running_corrects = 0.0, 0
+            running_loss = 0.0
+            running_corrects: Any = 0
             for inputs, labels in loaders[part]:
                 optimizer.zero_grad()
                 with torch.set_grad_enabled(part == "train"):
@@ -161,7 +163,7 @@ TUTORIAL = {
     "augment": "RandomResizedCrop, RandomHorizontalFlip",
     "batch_norm": "train",
 }
-PARTS = {
+PARTS: dict[str, dict[str, Any]] = {
     "batch norms in training mode": {},
     "batch norms frozen": {"batch_norm": "frozen"},
     "the last three stages": {"batch_norm": "frozen", "freeze": "blocks.3"},

@@ -400,7 +400,7 @@ def test_what_is_no_rate_is_refused_with_an_example(entry):
     with pytest.raises(UsageError) as caught:
         read_rates(f"head=1e-3,{entry}", BLOCKS)
     assert caught.value.why == f"{entry!r} is no NAME=RATE"
-    assert "layer4=1e-4,layer3=1e-5" in caught.value.remedy
+    assert "body=1e-5,blocks.6=1e-4" in caught.value.remedy
 
 
 @pytest.mark.parametrize("name", ["layer3", "layer", "heads", ""])

@@ -133,7 +133,7 @@ def count_frozen(blocks: Sequence[Block], freeze: str) -> int:
 
 
 def read_rates(text: str, blocks: Sequence[Block]) -> dict[str, float]:
-    """Block name -> learning rate, of a setting such as `body=1e-5,layer4=1e-4`.
+    """Block name -> learning rate, of a setting such as `body=1e-5,blocks.6=1e-4`.
 
     `head` names the head, `body` all blocks; a later entry wins.
 
@@ -149,7 +149,7 @@ def read_rates(text: str, blocks: Sequence[Block]) -> dict[str, float]:
         except ValueError:
             rate = -1.0
         if not 0.0 <= rate < 1e3:
-            raise UsageError("rates", f"{entry!r} is no NAME=RATE", "Write them as layer4=1e-4,layer3=1e-5.")
+            raise UsageError("rates", f"{entry!r} is no NAME=RATE", "Write them as body=1e-5,blocks.6=1e-4.")
         matches = names[:-1] if part.strip() == BODY else [name for name in names if _is_in(name, part.strip())]
         if not matches:
             why = f"{part!r} is no block of the network{did_you_mean(part, names)}"

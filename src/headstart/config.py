@@ -133,7 +133,7 @@ class EngineConfig:
     layer_decay: float = _setting(
         0.0, "learning rate of a block over that of the next one towards the head (0: by strategy)", least=0.0, most=1.0
     )
-    rates: str = _setting("", "learning rates of parts by name, such as body=1e-4,layer4=1e-3; 0 freezes")
+    rates: str = _setting("", "learning rates of parts by name, such as body=1e-5,blocks.6=1e-4; 0 freezes")
     find_lr: bool = _setting(False, "find the learning rate by a range test first, and use it")
     schedule: Literal["one-cycle", "cosine", "step", "constant"] = _setting("cosine", "how learning rates fall")
     warmup_epochs: float = _setting(1.0, "epochs in which learning rates rise, of cosine", least=0.0, most=1000.0)
