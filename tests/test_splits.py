@@ -172,13 +172,13 @@ def test_small_groups_do_not_distort_the_shares(pairs, seed):
 
 @bounded
 @given(label_sets, seeds)
-def test_several_labels_are_dealt_by_share_in_total_and_a_lone_one_trains(label_sets, seed):
+def test_of_several_labels_each_one_trains(label_sets, seed):
     samples = several(label_sets)
     roles = deal(samples, 0.2, seed, task="multi")
     total = count(samples, {sample.source: "any" for sample in samples})
     dealt = count(samples, roles)
     for label in "abcd":
-        assert total[label, "any"] != 1 or dealt[label, "fit"] == 1
+        assert not total[label, "any"] or dealt[label, "fit"]  # also one that comes with rarer ones
     assert set(roles) == {sample.source for sample in samples}
 
 

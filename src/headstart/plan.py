@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -314,29 +314,46 @@ def _plan_further(s: Situation, evidence: Evidence, config: RunConfig, first: Ph
         reasons.append(why)
         return []
     learned = dataclasses.replace(s, pictures=s.pictures - s.select)
-    left = math.inf if s.timing.seconds_left is None else s.timing.seconds_left
-    phases: list[Train] = []
     last = Choose(read_shares(config.train.interpolation), _list_views(config, first))
+    offers = _list_trainings(learned, evidence, config.engine, reasons)
+    phases = _allot(learned, offers, last, reasons, longer=not config.engine.epochs)
+    return [*phases, last] if phases else []
+
+
+def _allot(
+    s: Situation, offers: Sequence[tuple[Train, int]], last: Choose, reasons: list[str], longer: bool
+) -> list[Train]:
+    """The trainings that there is time for, with their epochs and the time that they may take.
+
+    Args:
+        s: the facts; of the pictures those that weights learn from.
+        offers: (a training with the epochs that it should have, how many it has to have at least), the cheapest first.
+        last: how what they made is weighed.
+        reasons: to be added to.
+        longer: whether the last of them may have more epochs.
+    """
+    left = math.inf if s.timing.seconds_left is None else s.timing.seconds_left
     pace, outlook = next(iter(s.timing.paces), Pace(UNMEASURED, 0.0)), Outlook(0.0, 0.0, 0.0, left)
     left -= s.timing.head_seconds  # the head is fitted once more in the end, and what is taken looks at the report
     left -= s.report * (pace.supply_seconds + max(map(len, last.views)) * pace.look_seconds)
-    for phase, least in _list_trainings(learned, evidence, config.engine, reasons):
+    phases: list[Train] = []
+    for phase, least in offers:
         # What was not measured yet is taken to be dearer, and is measured where there may be time for it. Random
         # weights are trained as all blocks are.
         dearer = pace.seconds * (DEARER if phase.start == "pretrained" else 1.0)
         pace = s.timing.pace(phase.name) or dataclasses.replace(pace, seconds=dearer, layout=UNMEASURED)
-        found = _foresee(learned, phase, last, pace, left)
+        found = _foresee(s, phase, last, pace, left)
         epochs, why = weigh_time(phase.name, found, phase.settings.epochs, least)
         reasons.append(why)
         if epochs:
             outlook, left = found, left - found.take(epochs)
             phases.append(_time(dataclasses.replace(phase, layout=pace.layout), epochs, found))
-    if phases and not config.engine.epochs and not math.isinf(left):
+    if phases and longer and not math.isinf(left):
         epochs = choose_epochs(outlook, LONGER * phases[-1].settings.epochs)
         if epochs > phases[-1].settings.epochs:
             phases[-1], left = _time(phases[-1], epochs, outlook), outlook.seconds_left - outlook.take(epochs)
             reasons.append(f"{phases[-1].name}: {epochs} epochs, of about {show_time(outlook.take(epochs))}, instead")
-    return [*(_give(phase, left / len(phases)) for phase in phases), last] if phases else []
+    return [_give(phase, left / len(phases)) for phase in phases]
 
 
 def _foresee(s: Situation, phase: Train, last: Choose, pace: Pace, left: float) -> Outlook:

@@ -21,7 +21,8 @@ FEW = 4  # pictures or groups of a class
 def assign_roles(dataset: Dataset, groups: Mapping[str, str], report_share: float, seed: int) -> Dataset:
     """The data set with every picture in `fit` or `report`; given roles stay.
 
-    A class of two or more pictures has at least one in each role; a class with one trains.
+    A class of two or more pictures has at least one in each role; a class with one trains. With several labels a
+    picture, every label trains.
 
     Args:
         dataset: single-label or multi-label.
@@ -169,6 +170,8 @@ def _deal(
                 empty = [p for p in allowed if not holds[label][p]]
                 if left[label] <= len(empty):
                     allowed = empty[: left[label]]  # where not all can have one, the first part, `fit`, has it
+                if any(left[other] == 1 and not holds[other][0] for other in contents[name]):
+                    allowed = (0,)
             part = max(allowed, key=lambda p: (round(lacks[label][p], 9), round(room[p], 9), -p))
             for index in units[name]:
                 parts[index] = part
