@@ -201,6 +201,17 @@ def test_no_epoch_is_begun_that_would_take_longer_than_there_is_time(
     assert f"{BLOCKS}: stopped after 1 of 6 epochs, another would have taken too long" in reasons
 
 
+def test_what_a_training_does_not_take_the_next_one_may(many, tiny_weights, tmp_path, monkeypatch, doubtful):
+    monkeypatch.setattr("headstart.engine.can_win", lambda losses, epochs, target: len(losses) < 3)
+    planned = headstart.train(many, tmp_path / "run", dry_run=True, **options(tiny_weights))
+    run = headstart.train(many, tmp_path / "run", **options(tiny_weights))
+    (_, *before, _), (_, *after, _) = planned.phases, run.plan.phases
+    rows = [json.loads(line) for line in (tmp_path / "run/history.jsonl").read_text().splitlines()]
+    taken = sum(row["seconds"] for row in rows if row["phase"] == 1 and "step" not in row)
+    assert after[0].seconds == before[0].seconds
+    assert after[1].seconds == pytest.approx(before[1].seconds + before[0].seconds - taken, abs=0.2)
+
+
 def test_what_is_held_against_the_fitted_head_was_trained_also_where_no_epoch_was_better(
     many, tiny_weights, tmp_path, monkeypatch, doubtful
 ):

@@ -205,7 +205,9 @@ def compete(
     plain = _losses(bench, head.module, rows[:, : rows.shape[1] // len(views)], samples, ("plain",))
     (target,) = bench.world.tell([float(plain.mean())])
     chosen = dataclasses.replace(chosen, phases=tuple(_aim(phase, target) for phase in chosen.phases))
+    spare = 0.0
     for number in fitting.list_trainings(chosen):
+        chosen = _lend(chosen, number, spare)
         try:
             trainings[number] = fitting.train_arm(folder, chosen, number, bench, start, track)
         except DivergedError as error:  # what is left is still good
@@ -214,7 +216,17 @@ def compete(
             chosen = dataclasses.replace(chosen, reasons=(*chosen.reasons, why))
             continue
         arms += weigh(bench, chosen, number, start, trainings[number].adapted)
+        (facts,) = trainings[number].facts
+        spare = max(0.0, (find_training(chosen, number).seconds or 0.0) - facts["seconds"])
     return arms, trainings, chosen
+
+
+def _lend(chosen: Plan, number: int, seconds: float) -> Plan:
+    """A plan in which a training may take what the one before it did not."""
+    phases = list(chosen.phases)
+    phase = find_training(chosen, number)
+    phases[number] = phase if phase.seconds is None else dataclasses.replace(phase, seconds=phase.seconds + seconds)
+    return dataclasses.replace(chosen, phases=tuple(phases))
 
 
 def _aim(phase: Phase, target: float) -> Phase:
