@@ -325,8 +325,8 @@ def show_result(result: Result, ours: Result | None) -> list[str]:
 def show_standings(results: Results) -> list[str]:
     rows = []
     groups = {
-        f"{FULL}": [place for place in results if place[1] == FULL],
-        f"{CUT}": [place for place in results if place[1] == CUT],
+        FULL: [place for place in results if place[1] == FULL],
+        CUT: [place for place in results if place[1] == CUT],
         "all": list(results),
         f"all of {' and '.join(UNSEEN)}": [place for place in results if place[0] in UNSEEN],
     }
