@@ -23,7 +23,7 @@ from headstart.views import View
 from headstart.zoo import Spec
 
 CLASSES = ("a", "b", "c")
-PHASE = FitHead(("logistic", "svm", "means", "knn"), 5)
+PHASE = FitHead(("logistic", "svm", "means", "blend", "knn"), 5)
 
 
 def make_table(count: int, tmp_path, seed: int = 0) -> tuple[Table, np.ndarray]:

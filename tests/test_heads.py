@@ -51,9 +51,18 @@ def fit_at(monkeypatch):
     return fit
 
 
+def scale_of(features):
+    """Standard deviations, whose squares the median of all counts in as thirty pictures: `blobs` has few features."""
+    variance = features.astype(np.float64).var(0)
+    padded = np.pad(variance, min(32, len(variance) // 2), "symmetric")
+    width = min(65, len(variance) | 1)
+    beside = np.array([np.median(padded[place : place + width]) for place in range(len(variance))])
+    return np.sqrt((len(features) * variance + 30 * beside) / (len(features) + 30))
+
+
 def scaled(features, like=None):
     like = (features if like is None else like).astype(np.float64)
-    return (features - like.mean(0)) / like.std(0)
+    return (features - like.mean(0)) / scale_of(like)
 
 
 def logits_of(fitted, features):
@@ -91,7 +100,7 @@ def test_the_linear_svm_is_scikit_learns_and_no_worse_in_what_both_minimise(fit_
         return (np.maximum(1 - sign * logits, 0) ** 2).sum(1).mean() + strength / 2 * (weights**2).sum()
 
     own = logits_of(fitted, features)
-    weights = fitted.module.weight.numpy() * features.std(0)
+    weights = fitted.module.weight.numpy() * scale_of(features)
     best = objective(expected.decision_function(x), expected.coef_)
     assert objective(own, weights) == pytest.approx(best, rel=1e-3)
     assert (own.argmax(1) == expected.predict(x)).mean() > 0.98
@@ -170,7 +179,7 @@ def test_linear_heads_are_one_linear_layer_on_raw_features_however_these_are_sca
 @pytest.mark.parametrize("kind", ["logistic", "svm", "means"])
 def test_the_folded_layer_is_the_weights_on_scaled_features(kind):
     features, targets, folds = blobs()
-    mean, scale = heads._moments(features)
+    mean, scale = heads._moments(features, len(features))
     x = torch.from_numpy((features - mean) / scale)
     problem = heads._Problem(x, torch.from_numpy(targets), torch.from_numpy(folds), CLASSES)
     weights = heads._SOLVERS[kind](problem, 0.1)[:, -1]
@@ -198,6 +207,35 @@ def test_logistic_regression_with_fewer_pictures_than_features_is_scikit_learns(
     expected = LogisticRegression(C=1 / (45 * 0.05), tol=1e-8, max_iter=5000).fit(scaled(features), targets)
     new = blobs(30, 80, seed=5)[0]
     assert softmax(logits_of(fitted, new)) == pytest.approx(expected.predict_proba(scaled(new, features)), abs=0.01)
+
+
+@pytest.mark.parametrize("kind", heads.KINDS)
+def test_a_feature_that_hardly_varied_on_few_pictures_does_not_drown_the_others(kind):
+    features, targets, folds = blobs(330, 200, apart=4.0)
+    few, new = slice(0, 30), slice(30, 330)
+    features[few, 7] *= 1e-4
+    level = features[few, 7].mean()
+    features[new, 7] = level
+    shifted = features[new].copy()
+    shifted[:, 7] = level + 3 * features[few].std(0).mean()  # what it may be on other pictures
+    fitted = heads.fit_head(features[few], targets[few], list(folds[few]), CLASSES, (kind,))
+    before, after = ((logits_of(fitted, part).argmax(1) == targets[new]).mean() for part in (features[new], shifted))
+    assert before > 0.85 and after > before - 0.03
+
+
+def test_variances_are_shrunk_towards_those_of_the_features_beside_them_and_the_less_the_more_pictures_there_are():
+    random = np.random.default_rng(0)
+    plain = random.normal(size=(1000, 400)).astype(np.float32) * np.repeat([1.0, 100.0], 200).astype(np.float32)
+    plain[:, [50, 250]] /= 100
+    few, many = (heads._moments(plain[:n], n)[1] for n in (10, 1000))
+    own = np.sqrt(30 / 40)
+    assert few[50] == pytest.approx(own, rel=0.2) and few[250] == pytest.approx(100 * own, rel=0.2)
+    assert few[:50] == pytest.approx(np.full(50, 1.0), rel=0.3) and few[210:250] == pytest.approx(
+        np.full(40, 100.0), rel=0.3
+    )
+    assert many[50] == pytest.approx(np.sqrt(30 / 1030), rel=0.1) and many[:50] == pytest.approx(1.0, rel=0.1)
+    views = np.repeat(plain[:10], 4, 0)  # of a picture tell no more of how pictures vary
+    assert heads._moments(views, 10)[1] == pytest.approx(few, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", heads.KINDS)
@@ -230,7 +268,7 @@ def test_features_none_of_which_varies_still_give_a_head(kind):
 def test_logits_out_of_fold_come_from_a_head_that_was_fitted_without_the_fold(fit_at, kind, strength):
     features, targets, folds = blobs()
     fitted = fit_at(kind, strength, features, targets, folds)
-    mean, scale = heads._moments(features)
+    mean, scale = heads._moments(features, len(features))
     x, y = torch.from_numpy((features - mean) / scale), torch.from_numpy(targets)
     for fold in range(5):
         out = folds == fold
@@ -334,12 +372,16 @@ def test_a_class_all_of_whose_pictures_are_without_a_fold_can_still_be_predicted
     assert np.isfinite(fitted.logits).all()
 
 
-def test_the_head_with_the_least_loss_wins_and_all_are_told_best_first():
-    features, targets, folds = blobs()
+@pytest.mark.parametrize(("lead", "taken"), [(0.0, "means"), (heads.LEAD, "blend"), (0.99, "blend")])
+def test_the_blend_is_taken_unless_another_leads_and_all_are_told_the_taken_one_first(monkeypatch, lead, taken):
+    monkeypatch.setattr(heads, "LEAD", lead)
+    features, targets, folds = blobs(seed=2, apart=0.5)  # class means lead by little
     fitted = heads.fit_head(features, targets, list(folds), CLASSES)
-    losses = [candidate.log_loss for candidate in fitted.candidates]
-    assert sorted(losses) == losses and {candidate.kind for candidate in fitted.candidates} == set(heads.KINDS)
-    best = fitted.candidates[0]
+    best, *others = fitted.candidates
+    losses = {candidate.kind: candidate.log_loss for candidate in fitted.candidates}
+    assert losses.keys() == set(heads.KINDS)
+    assert [other.log_loss for other in others] == sorted(other.log_loss for other in others)
+    assert best.kind == taken and losses["means"] < losses["blend"]
     assert (fitted.kind, fitted.strength) == (best.kind, best.strength)
     assert best.accuracy == pytest.approx((fitted.logits.argmax(1) == targets).mean())
     assert best.log_loss == pytest.approx(
@@ -357,7 +399,7 @@ def test_the_loss_by_which_strengths_are_compared_is_that_of_scikit_learns_solut
         out = folds == fold
         alone = LogisticRegression(C=1 / ((~out).sum() * strength), tol=1e-8, max_iter=5000)
         expected[out] = alone.fit(x[~out], targets[~out]).decision_function(x[out])
-    mean, scale = heads._moments(features)
+    mean, scale = heads._moments(features, len(features))
     fold_numbers = torch.from_numpy(folds)
     problem = heads._Problem(torch.from_numpy((features - mean) / scale), torch.from_numpy(targets), fold_numbers, 3)
     neighbour = heads._solve_logistic(problem, start)  # the search starts from the solution beside it
@@ -391,6 +433,35 @@ def test_features_are_not_written_to():
     before = features.copy()
     heads.fit_head(features, targets, list(folds), CLASSES)
     assert (features == before).all()
+
+
+# The blend
+
+
+def alone(kind, *given):
+    return heads.fit_head(*given, CLASSES, (kind,))
+
+
+@pytest.mark.parametrize(("n", "dim"), [(150, 12), (45, 80)])
+def test_a_blend_is_the_mean_of_two_heads_each_as_sure_as_its_answers_out_of_fold_allow(n, dim):
+    features, targets, folds = blobs(n, dim, apart=0.7)
+    new = blobs(40, dim, seed=3)[0]
+    parts = [alone(kind, features, targets, list(folds)) for kind in heads.BLENDED]
+    blend = alone("blend", features, targets, list(folds))
+    expected = sum(logits_of(part, new) / part.temperature for part in parts) / 2
+    assert logits_of(blend, new) == pytest.approx(expected, abs=1e-3)
+    assert blend.logits == pytest.approx(sum(part.logits / part.temperature for part in parts) / 2, abs=1e-4)
+    assert (blend.kind, blend.strength) == ("blend", 0.5) and isinstance(blend.module, nn.Linear)
+    assert [candidate.kind for candidate in blend.candidates] == ["blend"]
+
+
+def test_a_blends_parts_are_fitted_on_pictures_without_a_fold_too():
+    features, targets, folds = blobs(apart=0.7)
+    folds = np.where(np.arange(150) >= 100, -1, folds)
+    parts = [alone(kind, features, targets, list(folds)) for kind in heads.BLENDED]
+    blend = alone("blend", features, targets, list(folds))
+    expected = sum(logits_of(part, features) / part.temperature for part in parts) / 2
+    assert logits_of(blend, features) == pytest.approx(expected, abs=1e-3)
 
 
 # What is saved

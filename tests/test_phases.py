@@ -251,7 +251,7 @@ def test_a_knn_head_that_is_best_is_held_against_what_training_makes_of_another(
     monkeypatch.setattr(fitting, "fit_heads", prefer)
     run = headstart.train(many, tmp_path / "run", **options(tiny_weights))
     assert run is not None and run.plan.strategy == "lp-ft"
-    assert kinds[-2:] == [("logistic", "svm", "means", "knn"), ("logistic", "svm", "means")]
+    assert kinds[-2:] == [("logistic", "svm", "means", "blend", "knn"), ("logistic", "svm", "means", "blend")]
 
 
 def test_settings_of_training_are_heeded_where_there_is_time_and_refused_where_there_is_none(

@@ -13,6 +13,7 @@ from headstart.plan import (
     EPOCHS,
     KNN_VECTORS,
     LAYER_DECAY,
+    MANY_HEADS,
     RATES,
     FitHead,
     Layout,
@@ -37,7 +38,7 @@ USUAL = Situation(
     device="cpu",
     precision="bfloat16",
 )
-ALL = ("logistic", "svm", "means", "knn")
+ALL = ("logistic", "svm", "means", "blend", "knn")
 DEPTHS = {("early", FINAL): 0.2, (FINAL,): 0.3}  # log-losses
 
 
@@ -56,8 +57,11 @@ def reasons(plan):
         ({}, {"strategy": "probe"}, ALL, 5, ["strategy probe: as set"]),
         ({"folds": 3, "smallest_class": 3}, {}, ALL, 3, ["3 folds instead of 5", "smallest class has 3"]),
         ({"folds": 10}, {"folds": 10}, ALL, 10, []),
+        ({"pictures": MANY_HEADS}, {}, ALL, 5, []),
+        ({"pictures": MANY_HEADS - 1}, {}, ("blend",), 5, [f"fewer than {MANY_HEADS}: too few to compare heads by"]),
+        ({"pictures": 20}, {"heads": "knn,means"}, ("knn", "means"), 5, ["heads knn, means: as set"]),
         ({"pictures": KNN_VECTORS}, {}, ALL, 5, []),
-        ({"pictures": KNN_VECTORS + 1}, {}, ALL[:3], 5, [f"{KNN_VECTORS + 1} pictures", "no kNN"]),
+        ({"pictures": KNN_VECTORS + 1}, {}, ALL[:4], 5, [f"{KNN_VECTORS + 1} pictures", "no kNN"]),
         ({"task": "multi"}, {}, ("logistic",), 5, ["several labels a picture"]),
         ({"task": "multi", "pictures": 10**6}, {}, ("logistic",), 5, ["several labels a picture"]),
         ({"select": 60}, {}, ALL, 5, ["60 select pictures"]),
@@ -75,7 +79,7 @@ def test_what_is_decided_and_why(facts, settings, heads, folds, words):
 @pytest.mark.parametrize(
     ("settings", "heads", "words"),
     [
-        ({}, ("logistic", "means"), "heads logistic, means: on features of other depths"),
+        ({}, ("logistic", "means", "blend"), "heads logistic, means, blend: on features of other depths"),
         ({"heads": "svm,logistic"}, ("svm", "logistic"), "heads svm, logistic: as set"),
         ({"heads": "knn"}, ("knn",), "heads knn: as set"),
     ],
@@ -103,7 +107,7 @@ def test_each_view_of_a_picture_is_a_vector_that_neighbours_would_hold(name, pic
     config = resolve(None, {} if found else {"strategy": "probe", "views": name})
     kept, dropped = (decide(situation(pictures=count, **facts), config) for count in (pictures, pictures + 1))
     assert [plan.phases[0].views for plan in (kept, dropped)] == [VIEW_SETS[name]] * 2
-    assert (kept.phases[0].heads, dropped.phases[0].heads) == (ALL, ALL[:3])
+    assert (kept.phases[0].heads, dropped.phases[0].heads) == (ALL, ALL[:4])
     assert f"{pictures + 1} pictures for training in {len(VIEW_SETS[name])} views" in reasons(dropped)
     assert "no kNN" not in reasons(kept)
 
@@ -221,7 +225,7 @@ def test_a_strategy_is_its_phases(settings, strategy, phases):
 @pytest.mark.parametrize("task", ["single", "multi"])
 def test_the_head_that_is_fitted_before_fine_tuning_is_a_linear_one(task):
     head, _ = training({"strategy": "lp-ft"}, task=task, pictures=KNN_VECTORS + 1).phases
-    assert head.heads == (("logistic",) if task == "multi" else ("logistic", "svm", "means"))
+    assert head.heads == (("logistic",) if task == "multi" else ("logistic", "svm", "means", "blend"))
     assert "kNN" not in reasons(training({"strategy": "lp-ft"}, pictures=KNN_VECTORS + 1))
 
 
@@ -413,11 +417,11 @@ def test_heads_that_were_set_are_the_ones_chosen_from(text, facts, strategy, hea
 @pytest.mark.parametrize(
     ("text", "facts", "strategy", "why", "remedy"),
     [
-        ("forest", {}, "probe", "'forest' is no kind of head", "logistic, svm, means, knn"),
-        ("logistic,SVM", {}, "probe", "'SVM' is no kind of head", "logistic, svm, means, knn"),
-        (",", {}, "probe", "'' is no kind of head", "logistic, svm, means, knn"),
+        ("forest", {}, "probe", "'forest' is no kind of head", "logistic, svm, means, blend, knn"),
+        ("logistic,SVM", {}, "probe", "'SVM' is no kind of head", "logistic, svm, means, blend, knn"),
+        (",", {}, "probe", "'' is no kind of head", "logistic, svm, means, blend, knn"),
         ("svm", {"task": "multi"}, "probe", "'svm' does not go with this plan", "Choose from logistic."),
-        ("means,knn", {}, "lp-ft", "'knn' does not go with this plan", "Choose from logistic, svm, means."),
+        ("means,knn", {}, "lp-ft", "'knn' does not go with this plan", "Choose from logistic, svm, means, blend."),
     ],
 )
 def test_heads_that_do_not_go_are_refused_with_those_that_do(text, facts, strategy, why, remedy):

@@ -1,7 +1,8 @@
 """Heads: the small last layers fitted on cached features, and how they are fitted.
 
-A fitted head is always an `nn.Module` from features (n, dim) to logits (n, classes). Logistic regression, linear SVM
-and class means fold into one `nn.Linear`, their scaling included; kNN is a module with buffers.
+A fitted head is always an `nn.Module` from features (n, dim) to logits (n, classes). Logistic regression, linear SVM,
+class means and the blend of the first and the last fold into one `nn.Linear`, their scaling included; kNN is a module
+with buffers.
 """
 
 from __future__ import annotations
@@ -19,9 +20,13 @@ from torch import Tensor, nn
 
 from headstart.metrics import find_temperature
 
-KINDS = ("logistic", "svm", "means", "knn")
+KINDS = ("logistic", "svm", "means", "blend", "knn")
+BLENDED = ("logistic", "means")
+LEAD = 0.02  # share by which another head's log-loss must be lower than the blend's, which hangs less on chance
 # Strengths are tuned on about so many rows of features at most: more move the choice little and cost much.
 TUNING_ROWS = 10_000
+PRIOR = 30  # pictures that the variance of the features beside a feature counts as
+BESIDE = 65  # features, itself among them
 QUERIES = 1024  # that are compared with all training features at once
 HISTORY, MOST_STEPS, MOST_HALVINGS, TOLERANCE = 10, 300, 12, 1e-7  # of L-BFGS
 QUIET_STEPS = 2  # after so many steps without a gain a fold stands still
@@ -88,7 +93,7 @@ class Candidate:
     """A head with one hyper-parameter, as cross-validation found it."""
 
     kind: str
-    strength: float  # regularisation (logistic, svm), shrinkage (means), or number of neighbours (knn)
+    strength: float  # regularisation (logistic, svm), shrinkage (means), share (blend), number of neighbours (knn)
     log_loss: float  # out of fold, after the temperature
     accuracy: float  # out of fold; with several labels a picture, over pictures and labels
 
@@ -103,7 +108,7 @@ class FittedHead:
     logits: NDArray[np.float32]  # out of fold, (m, classes)
     rows: NDArray[np.int64]  # the m pictures they are of
     temperature: float
-    candidates: tuple[Candidate, ...]  # the best of each kind, best first
+    candidates: tuple[Candidate, ...]  # the best of each kind: the one that was taken, then the others by log-loss
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +161,9 @@ class _Trial:
 
     candidate: Candidate
     logits: NDArray[np.float32]
+    temperature: float
     weights: Tensor | None
+    parts: tuple[_Trial, ...] = ()  # of a blend
 
 
 def fit_head(
@@ -168,6 +175,8 @@ def fit_head(
 ) -> FittedHead:
     """The head with the least cross-validated log-loss after its temperature, fitted on all pictures.
 
+    The blend is taken where no other's log-loss is lower by more than `LEAD`.
+
     Args:
         features: (n, dim), or (n, views, dim): the head is then fitted on all views of a picture, and what it gives
             for them is averaged.
@@ -178,43 +187,46 @@ def fit_head(
     """
     views = features.shape[1] if features.ndim == 3 else 1
     features = features.reshape(-1, features.shape[-1])
-    mean, scale = _moments(features)
+    mean, scale = _moments(features, len(features) // views)
     fold = torch.tensor(folds).repeat_interleave(views)
     y = torch.from_numpy(np.asarray(targets)).repeat_interleave(views, 0)
     tuned = (fold >= 0).nonzero()[:, 0]
     x = _scaled(features, tuned, mean, scale)
     problem, basis = _rotate(_Problem(x, y[tuned], fold[tuned], classes, views=views))
-    trials = {kind: _TUNERS[kind](problem) for kind in (("logistic",) if problem.multi else kinds)}
-    kind = min(trials, key=lambda name: trials[name].candidate.log_loss)
-    best, strength = trials[kind], trials[kind].candidate.strength
+    trials = _tune(problem, ("logistic",) if problem.multi else kinds)
+    best = min(trials, key=lambda trial: trial.candidate.log_loss * (1 - LEAD * (trial.candidate.kind == "blend")))
+    kind, strength = best.candidate.kind, best.candidate.strength
     module: nn.Module
     if kind == "knn":
         vectors = nn.functional.normalize(_scaled(features, torch.arange(len(y)), mean, scale), dim=1)
         module = NearestNeighbours(vectors, y, torch.from_numpy(mean), torch.from_numpy(scale), classes, int(strength))
     else:
-        weights = best.weights
-        assert weights is not None
-        if basis is not None:
-            weights = torch.cat((basis @ weights[:-1], weights[-1:]))
+        whole = None
         if len(tuned) < len(y):
-            whole = _Problem(
-                _scaled(features, torch.arange(len(y)), mean, scale), y, torch.full_like(fold, -1), classes
-            )
-            weights = _SOLVERS[kind](whole, strength, weights[:, None])[:, -1]
-        module = _fold_scaling(weights, mean, scale)
-    temperature, _ = find_temperature(best.logits, problem.truth, problem.multi)
-    candidates = tuple(sorted((trial.candidate for trial in trials.values()), key=lambda c: c.log_loss))
+            x = _scaled(features, torch.arange(len(y)), mean, scale)
+            whole = _Problem(x, y, torch.full_like(fold, -1), classes)
+        module = _fold_scaling(_complete(best, basis, whole), mean, scale)
+    ranked = sorted(trials, key=lambda trial: (trial is not best, trial.candidate.log_loss))
+    candidates = tuple(trial.candidate for trial in ranked)
     rows = tuned[::views].numpy() // views
-    return FittedHead(module.eval(), kind, strength, best.logits, rows, temperature, candidates)
+    return FittedHead(module.eval(), kind, strength, best.logits, rows, best.temperature, candidates)
 
 
-def _moments(features: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Mean and standard deviation of each feature; 1 for one that does not vary."""
+def _moments(features: NDArray[np.float32], pictures: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Mean of each feature, and what it is divided by: its standard deviation, but for few pictures.
+
+    On few pictures some features hardly vary, by chance. Divided by that little, they would drown all others on the
+    next picture. So variances are shrunk towards the median of those beside them, which are of the same depth, as if
+    `PRIOR` more pictures had shown it (after Opgen-Rhein and Strimmer, 2007). 1 where nothing varies.
+    """
     mean = features.mean(0, dtype=np.float64)
     square = np.einsum("nd,nd->d", features, features, dtype=np.float64) / len(features)
-    deviation = np.sqrt(np.maximum(square - mean**2, 0.0))
-    deviation[deviation < 1e-6 * (np.abs(mean) + 1e-6)] = 1.0
-    return mean.astype(np.float32), deviation.astype(np.float32)
+    variance = np.maximum(square - mean**2, 0.0)
+    variance[np.sqrt(variance) < 1e-6 * (np.abs(mean) + 1e-6)] = 0.0
+    width = min(BESIDE, len(variance) | 1)
+    windows = np.lib.stride_tricks.sliding_window_view(np.pad(variance, width // 2, "symmetric"), width)
+    shrunk = (pictures * variance + PRIOR * np.median(windows, 1)) / (pictures + PRIOR)
+    return mean.astype(np.float32), np.sqrt(np.where(shrunk > 0, shrunk, 1.0)).astype(np.float32)
 
 
 def _scaled(
@@ -235,6 +247,25 @@ def _rotate(problem: _Problem) -> tuple[_Problem, Tensor | None]:
         return problem, None
     left, size, basis = torch.linalg.svd(problem.x, full_matrices=False)
     return _Problem(left * size, problem.y, problem.fold, problem.classes, dim, problem.views), basis.T
+
+
+def _complete(trial: _Trial, basis: Tensor | None, whole: _Problem | None) -> Tensor:
+    """The weights (dim + 1, classes) of a linear trial, on scaled features and on all pictures.
+
+    Args:
+        trial: what was found on the pictures that strengths are tuned on.
+        basis: in which it was solved, as `_rotate` gives it.
+        whole: of all pictures, where there are others.
+    """
+    if trial.parts:
+        return _mix(trial.parts, [_complete(part, basis, whole) for part in trial.parts])
+    weights = trial.weights
+    assert weights is not None
+    if basis is not None:
+        weights = torch.cat((basis @ weights[:-1], weights[-1:]))
+    if whole is None:
+        return weights
+    return _SOLVERS[trial.candidate.kind](whole, trial.candidate.strength, weights[:, None])[:, -1]
 
 
 def _fold_scaling(weights: Tensor, mean: NDArray[np.float32], scale: NDArray[np.float32]) -> nn.Linear:
@@ -396,13 +427,38 @@ def _tune_linear(kind: str, grid: Sequence[float], first: int) -> Callable[[_Pro
     return tune
 
 
+def _tune(problem: _Problem, kinds: Sequence[str]) -> list[_Trial]:
+    """The best of each kind."""
+    needed = dict.fromkeys((*kinds, *(BLENDED if "blend" in kinds else ())))
+    trials = {kind: _TUNERS[kind](problem) for kind in needed if kind != "blend"}
+    if "blend" in kinds:
+        trials["blend"] = _blend(problem, tuple(trials[kind] for kind in BLENDED))
+    return [trials[kind] for kind in kinds]
+
+
+def _blend(problem: _Problem, parts: tuple[_Trial, ...]) -> _Trial:
+    """The mean of what heads say once each is as sure as its answers out of fold allow; linear, as they are."""
+    logits = _mix(parts, [torch.from_numpy(part.logits) for part in parts]).numpy()
+    return _judge(problem, "blend", 1 / len(parts), logits, None, parts)
+
+
+def _mix(parts: Sequence[_Trial], values: Sequence[Tensor]) -> Tensor:
+    """The mean of logits or weights of heads, each divided by its temperature."""
+    return torch.stack([value / part.temperature for part, value in zip(parts, values, strict=True)]).mean(0)
+
+
 def _judge(
-    problem: _Problem, kind: str, strength: float, logits: NDArray[np.float32], weights: Tensor | None
+    problem: _Problem,
+    kind: str,
+    strength: float,
+    logits: NDArray[np.float32],
+    weights: Tensor | None,
+    parts: tuple[_Trial, ...] = (),
 ) -> _Trial:
     y = problem.truth
-    _, log_loss = find_temperature(logits, y, problem.multi)
+    temperature, log_loss = find_temperature(logits, y, problem.multi)
     right = (logits > 0) == y if problem.multi else logits.argmax(1) == y
-    return _Trial(Candidate(kind, strength, log_loss, float(right.mean())), logits, weights)
+    return _Trial(Candidate(kind, strength, log_loss, float(right.mean())), logits, temperature, weights, parts)
 
 
 def _tune_knn(problem: _Problem) -> _Trial:
