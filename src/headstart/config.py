@@ -101,7 +101,9 @@ class TrainConfig:
     )
     seed: int = _setting(0, "seed of splits, folds and resampling", least=0)
     cache: str = _setting("auto", "folder of cached features, or none (auto: $HEADSTART_CACHE, else the user's cache)")
-    heads: str = _setting("", "kinds of heads to choose from: logistic, svm, means, blend, knn (default: what suits)")
+    heads: str = _setting(
+        "", "kinds of heads to choose from: logistic, svm, means, blend, knn (default: what suits the data)"
+    )
     report_share: float = _setting(
         0.2, "share of the pictures kept for the report where no split is given", least=0.01, most=0.9
     )
