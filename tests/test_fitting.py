@@ -150,7 +150,7 @@ def train_and_keep_the_last(training):
 
 
 @pytest.mark.parametrize("on", ["pictures", "features"])
-@pytest.mark.parametrize("kind", ["logistic", "svm", "means"])
+@pytest.mark.parametrize("kind", ["logistic", "svm", "means", "blend"])
 def test_training_starts_from_the_probabilities_of_the_fitted_head(bench, kind, on):
     head = fit(bench, kind)
     assert abs(head.temperature - 1) > 0.02  # else nothing is tested

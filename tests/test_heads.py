@@ -233,9 +233,53 @@ def test_variances_are_shrunk_towards_those_of_the_features_beside_them_and_the_
     assert few[:50] == pytest.approx(np.full(50, 1.0), rel=0.3) and few[210:250] == pytest.approx(
         np.full(40, 100.0), rel=0.3
     )
+    assert few[190:200].max() < 2 and few[200:210].min() > 50  # at the seam of two depths
     assert many[50] == pytest.approx(np.sqrt(30 / 1030), rel=0.1) and many[:50] == pytest.approx(1.0, rel=0.1)
     views = np.repeat(plain[:10], 4, 0)  # of a picture tell no more of how pictures vary
     assert heads._moments(views, 10)[1] == pytest.approx(few, rel=1e-5)
+
+
+def test_features_that_do_not_vary_do_not_count_among_those_beside_a_feature():
+    features = np.random.default_rng(0).normal(size=(20, 65)).astype(np.float32)
+    features[:, :50] = 7.0
+    features[:, 60] *= 1e-3
+    scale = heads._moments(features, 20)[1]
+    assert (scale[:50] == 1).all()
+    assert scale[60] == pytest.approx(np.sqrt(30 / 50), rel=0.3)
+
+
+@pytest.mark.parametrize("kind", ["logistic", "means", "blend"])
+def test_a_class_that_cannot_be_held_out_changes_nothing_of_how_sure_a_head_is_of_the_others(kind):
+    features, targets, folds = blobs(90, apart=1.0)
+    plain = heads.fit_head(features, targets, list(folds), CLASSES, (kind,))
+    more, label = np.concatenate((features, features.mean(0)[None] + 9 * features.std(0))), np.append(targets, CLASSES)
+    fitted = heads.fit_head(more, label, [*folds, -1], CLASSES + 1, (kind,))
+    assert fitted.candidates[0].log_loss == pytest.approx(plain.candidates[0].log_loss, rel=0.2)
+    assert logits_of(fitted, more[-1:]).argmax() == CLASSES
+
+
+@pytest.mark.parametrize("kind", heads.KINDS)
+def test_views_of_a_picture_are_fitted_on_and_their_answers_averaged(kind):
+    features, targets, folds = blobs(60, apart=1.0)
+    noise = np.random.default_rng(1).normal(0, 0.3, (60, 4, 12)) * features.std(0)
+    fitted = heads.fit_head((features[:, None] + noise).astype(np.float32), targets, list(folds), CLASSES, (kind,))
+    assert fitted.logits.shape == (60, CLASSES) and fitted.rows.tolist() == list(range(60))
+    same = np.repeat(features[:, None], 4, 1)  # four times the same view says what one says
+    one, four = (heads.fit_head(part, targets, list(folds), CLASSES, (kind,)) for part in (features, same))
+    if kind != "knn":  # whose neighbours are four times as many
+        assert softmax(logits_of(four, features)) == pytest.approx(softmax(logits_of(one, features)), abs=0.02)
+        assert four.temperature == pytest.approx(one.temperature, rel=0.05)
+
+
+def test_with_fewer_pictures_than_features_nothing_is_solved_in_the_space_of_all_features(monkeypatch):
+    features, targets, folds = blobs(60, 500)
+    folds = np.where(np.arange(60) == 0, -1, folds)
+    means, seen = heads._solve_means, []
+    monkeypatch.setitem(
+        heads._SOLVERS, "means", lambda problem, *rest: (seen.append(problem.x.shape[1]), means(problem, *rest))[1]
+    )
+    heads.fit_head(features, targets, list(folds), CLASSES, ("blend",))
+    assert max(seen) <= 60
 
 
 @pytest.mark.parametrize("kind", heads.KINDS)
@@ -452,7 +496,8 @@ def test_a_blend_is_the_mean_of_two_heads_each_as_sure_as_its_answers_out_of_fol
     assert logits_of(blend, new) == pytest.approx(expected, abs=1e-3)
     assert blend.logits == pytest.approx(sum(part.logits / part.temperature for part in parts) / 2, abs=1e-4)
     assert (blend.kind, blend.strength) == ("blend", 0.5) and isinstance(blend.module, nn.Linear)
-    assert [candidate.kind for candidate in blend.candidates] == ["blend"]
+    told = [candidate.kind for candidate in blend.candidates]
+    assert told[0] == "blend" and set(told) == {"blend", *heads.BLENDED}
 
 
 def test_a_blends_parts_are_fitted_on_pictures_without_a_fold_too():

@@ -7,13 +7,14 @@ import sys
 import pytest
 
 from headstart import config as configs
+from headstart import heads, plan
 from headstart.config import EngineConfig, RunConfig, resolve
 from headstart.errors import UsageError
 from headstart.plan import (
+    COMPARABLE,
     EPOCHS,
     KNN_VECTORS,
     LAYER_DECAY,
-    MANY_HEADS,
     RATES,
     FitHead,
     Layout,
@@ -46,6 +47,11 @@ def situation(**facts):
     return dataclasses.replace(USUAL, **facts)
 
 
+def test_the_kinds_of_heads_that_are_planned_are_those_that_can_be_fitted():
+    assert plan.HEADS == heads.KINDS
+    assert set(heads.BLENDED) < set(plan.DEEP_HEADS) < set(plan.LINEAR_HEADS) < set(plan.HEADS)
+
+
 def reasons(plan):
     return "; ".join(plan.reasons)
 
@@ -57,8 +63,8 @@ def reasons(plan):
         ({}, {"strategy": "probe"}, ALL, 5, ["strategy probe: as set"]),
         ({"folds": 3, "smallest_class": 3}, {}, ALL, 3, ["3 folds instead of 5", "smallest class has 3"]),
         ({"folds": 10}, {"folds": 10}, ALL, 10, []),
-        ({"pictures": MANY_HEADS}, {}, ALL, 5, []),
-        ({"pictures": MANY_HEADS - 1}, {}, ("blend",), 5, [f"fewer than {MANY_HEADS}: too few to compare heads by"]),
+        ({"pictures": COMPARABLE}, {}, ALL, 5, []),
+        ({"pictures": COMPARABLE - 1}, {}, ("blend",), 5, [f"fewer than {COMPARABLE}, are too few"]),
         ({"pictures": 20}, {"heads": "knn,means"}, ("knn", "means"), 5, ["heads knn, means: as set"]),
         ({"pictures": KNN_VECTORS}, {}, ALL, 5, []),
         ({"pictures": KNN_VECTORS + 1}, {}, ALL[:4], 5, [f"{KNN_VECTORS + 1} pictures", "no kNN"]),

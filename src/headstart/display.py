@@ -110,7 +110,10 @@ def progress(item: object) -> tuple[str, bool]:
 def _describe_training(run: Run) -> list[str]:
     """What was fitted and trained, a line a phase."""
     provenance = run.classifier.provenance
-    tried = ", ".join(f"{head['kind']} {head['log_loss']:.3f}" for head in provenance["heads"])
+    heads = provenance["heads"]
+    tried = ", ".join(f"{head['kind']} {head['log_loss']:.3f}" for head in heads)
+    if any(head["log_loss"] < heads[0]["log_loss"] for head in heads):
+        tried += " (the blend is taken unless another clearly leads)"
     lines = [
         f"plan:  {run.plan.strategy}; heads by {phase.folds}-fold log-loss, the first taken: {tried}"
         for phase in run.plan.phases

@@ -1,14 +1,13 @@
 """Heads: the small last layers fitted on cached features, and how they are fitted.
 
 A fitted head is always an `nn.Module` from features (n, dim) to logits (n, classes). Logistic regression, linear SVM,
-class means and the blend of the first and the last fold into one `nn.Linear`, their scaling included; kNN is a module
-with buffers.
+class means and the blend, which is the average of the first and the last one's calibrated logits, fold into one
+`nn.Linear`, their scaling included; kNN is a module with buffers.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from headstart import convex
 from headstart.metrics import find_temperature
 
 KINDS = ("logistic", "svm", "means", "blend", "knn")
@@ -25,12 +25,9 @@ BLENDED = ("logistic", "means")
 LEAD = 0.02  # share by which another head's log-loss must be lower than the blend's, which hangs less on chance
 # Strengths are tuned on about so many rows of features at most: more move the choice little and cost much.
 TUNING_ROWS = 10_000
-PRIOR = 30  # pictures that the variance of the features beside a feature counts as
-BESIDE = 65  # features, itself among them
+PRIOR_PICTURES = 30  # that the variance of the features beside a feature counts as
+WINDOW = 65  # features beside a feature, itself among them
 QUERIES = 1024  # that are compared with all training features at once
-HISTORY, MOST_STEPS, MOST_HALVINGS, TOLERANCE = 10, 300, 12, 1e-7  # of L-BFGS
-QUIET_STEPS = 2  # after so many steps without a gain a fold stands still
-NOISE = 1e-7  # of a mean of losses in float32, whose logits have seven digits
 
 
 class NearestNeighbours(nn.Module):
@@ -108,7 +105,8 @@ class FittedHead:
     logits: NDArray[np.float32]  # out of fold, (m, classes)
     rows: NDArray[np.int64]  # the m pictures they are of
     temperature: float
-    candidates: tuple[Candidate, ...]  # the best of each kind: the one that was taken, then the others by log-loss
+    candidates: tuple[Candidate, ...]  # the best of each kind: the one that was taken, then the others by log-loss,
+    # a blend's parts among them, even where they did not compete
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,7 +171,7 @@ def fit_head(
     classes: int,
     kinds: Sequence[str] = KINDS,
 ) -> FittedHead:
-    """The head with the least cross-validated log-loss after its temperature, fitted on all pictures.
+    """The best head by its cross-validated log-loss after its temperature, fitted on all pictures.
 
     The blend is taken where no other's log-loss is lower by more than `LEAD`.
 
@@ -193,9 +191,10 @@ def fit_head(
     tuned = (fold >= 0).nonzero()[:, 0]
     x = _scaled(features, tuned, mean, scale)
     problem, basis = _rotate(_Problem(x, y[tuned], fold[tuned], classes, views=views))
-    trials = _tune(problem, ("logistic",) if problem.multi else kinds)
-    best = min(trials, key=lambda trial: trial.candidate.log_loss * (1 - LEAD * (trial.candidate.kind == "blend")))
-    kind, strength = best.candidate.kind, best.candidate.strength
+    kinds = ("logistic",) if problem.multi else kinds
+    trials = _tune(problem, kinds)
+    kind = min(kinds, key=lambda name: trials[name].candidate.log_loss * (1 - LEAD * (name == "blend")))
+    best, strength = trials[kind], trials[kind].candidate.strength
     module: nn.Module
     if kind == "knn":
         vectors = nn.functional.normalize(_scaled(features, torch.arange(len(y)), mean, scale), dim=1)
@@ -204,9 +203,9 @@ def fit_head(
         whole = None
         if len(tuned) < len(y):
             x = _scaled(features, torch.arange(len(y)), mean, scale)
-            whole = _Problem(x, y, torch.full_like(fold, -1), classes)
+            whole = _rotate(_Problem(x, y, torch.full_like(fold, -1), classes))
         module = _fold_scaling(_complete(best, basis, whole), mean, scale)
-    ranked = sorted(trials, key=lambda trial: (trial is not best, trial.candidate.log_loss))
+    ranked = sorted(trials.values(), key=lambda trial: (trial is not best, trial.candidate.log_loss))
     candidates = tuple(trial.candidate for trial in ranked)
     rows = tuned[::views].numpy() // views
     return FittedHead(module.eval(), kind, strength, best.logits, rows, best.temperature, candidates)
@@ -216,17 +215,20 @@ def _moments(features: NDArray[np.float32], pictures: int) -> tuple[NDArray[np.f
     """Mean of each feature, and what it is divided by: its standard deviation, but for few pictures.
 
     On few pictures some features hardly vary, by chance. Divided by that little, they would drown all others on the
-    next picture. So variances are shrunk towards the median of those beside them, which are of the same depth, as if
-    `PRIOR` more pictures had shown it (after Opgen-Rhein and Strimmer, 2007). 1 where nothing varies.
+    next picture. So variances are shrunk towards the median of those beside them, mostly of the same depth, as if
+    `PRIOR_PICTURES` more had shown it (after Opgen-Rhein and Strimmer, 2007). 1 for a feature that does not vary.
     """
     mean = features.mean(0, dtype=np.float64)
     square = np.einsum("nd,nd->d", features, features, dtype=np.float64) / len(features)
     variance = np.maximum(square - mean**2, 0.0)
-    variance[np.sqrt(variance) < 1e-6 * (np.abs(mean) + 1e-6)] = 0.0
-    width = min(BESIDE, len(variance) | 1)
-    windows = np.lib.stride_tricks.sliding_window_view(np.pad(variance, width // 2, "symmetric"), width)
-    shrunk = (pictures * variance + PRIOR * np.median(windows, 1)) / (pictures + PRIOR)
-    return mean.astype(np.float32), np.sqrt(np.where(shrunk > 0, shrunk, 1.0)).astype(np.float32)
+    varies, scale = np.sqrt(variance) >= 1e-6 * (np.abs(mean) + 1e-6), np.ones(len(mean), np.float32)
+    if varies.any():
+        found = variance[varies]
+        width = min(WINDOW, len(found) | 1)
+        windows = np.lib.stride_tricks.sliding_window_view(np.pad(found, width // 2, "symmetric"), width)
+        shrunk = (pictures * found + PRIOR_PICTURES * np.median(windows, 1)) / (pictures + PRIOR_PICTURES)
+        scale[varies] = np.sqrt(shrunk)
+    return mean.astype(np.float32), scale
 
 
 def _scaled(
@@ -249,23 +251,28 @@ def _rotate(problem: _Problem) -> tuple[_Problem, Tensor | None]:
     return _Problem(left * size, problem.y, problem.fold, problem.classes, dim, problem.views), basis.T
 
 
-def _complete(trial: _Trial, basis: Tensor | None, whole: _Problem | None) -> Tensor:
+def _complete(trial: _Trial, basis: Tensor | None, whole: tuple[_Problem, Tensor | None] | None) -> Tensor:
     """The weights (dim + 1, classes) of a linear trial, on scaled features and on all pictures.
 
     Args:
         trial: what was found on the pictures that strengths are tuned on.
         basis: in which it was solved, as `_rotate` gives it.
-        whole: of all pictures, where there are others.
+        whole: the problem of all pictures and its basis, where there are others.
     """
     if trial.parts:
         return _mix(trial.parts, [_complete(part, basis, whole) for part in trial.parts])
-    weights = trial.weights
-    assert weights is not None
-    if basis is not None:
-        weights = torch.cat((basis @ weights[:-1], weights[-1:]))
+    assert trial.weights is not None
+    weights = _turn(trial.weights, basis)
     if whole is None:
         return weights
-    return _SOLVERS[trial.candidate.kind](whole, trial.candidate.strength, weights[:, None])[:, -1]
+    problem, own = whole
+    start = _turn(weights, own.T if own is not None else None)[:, None]
+    return _turn(_SOLVERS[trial.candidate.kind](problem, trial.candidate.strength, start)[:, -1], own)
+
+
+def _turn(weights: Tensor, basis: Tensor | None) -> Tensor:
+    """Weights (dim + 1, classes), bias last, in another basis."""
+    return weights if basis is None else torch.cat((basis @ weights[:-1], weights[-1:]))
 
 
 def _fold_scaling(weights: Tensor, mean: NDArray[np.float32], scale: NDArray[np.float32]) -> nn.Linear:
@@ -277,103 +284,19 @@ def _fold_scaling(weights: Tensor, mean: NDArray[np.float32], scale: NDArray[np.
     return module
 
 
-# Linear heads: a convex loss and an L2 penalty, by L-BFGS
-
-Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # logits (n, f, classes), y -> losses (n, f), gradient
-
-
-def _cross_entropy(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    probabilities = logits.softmax(2)
-    own = y[:, None, None].expand(-1, logits.shape[1], 1)
-    losses = logits.logsumexp(2) - logits.gather(2, own)[..., 0]
-    return losses, probabilities.scatter_add(2, own, torch.full(own.shape, -1.0))
-
-
-def _squared_hinge(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    sign = nn.functional.one_hot(y, logits.shape[2]).mul(2).sub(1)[:, None, :]
-    slack = (1 - sign * logits).clamp_min(0)
-    return slack.square().sum(2), -2 * sign * slack
-
-
-def _binary_cross_entropy(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    truth = y[:, None, :].float()
-    return (nn.functional.softplus(logits) - truth * logits).sum(2), logits.sigmoid() - truth
-
-
-def _minimise(problem: _Problem, loss: Loss, strength: float, start: Tensor | None) -> Tensor:
-    """Weights (dim + 1, folds + 1, classes), bias last, that minimise mean loss + strength / 2 x squared weights.
-
-    L-BFGS (Nocedal and Wright, 2006, algorithm 7.5) on all folds at once, each with its own curvature and step length.
-    scipy's takes as long to import as this takes to run.
-    """
-    share = problem.trains().float()
-    share /= share.sum(0)
-
-    def evaluate(weights: Tensor) -> tuple[Tensor, Tensor]:
-        logits = torch.addmm(weights[-1].flatten(), problem.x, weights[:-1].flatten(1)).view(-1, *weights.shape[1:])
-        losses, slopes = loss(logits, problem.y)
-        slopes = (slopes * share[:, :, None]).flatten(1)
-        gradient = torch.cat((problem.x.T @ slopes, slopes.sum(0)[None])).view_as(weights)
-        gradient[:-1].add_(weights[:-1], alpha=strength)
-        penalty = weights[:-1].square().sum((0, 2)) * (strength / 2)
-        return (losses * share).sum(0, dtype=torch.float64) + penalty, gradient
-
-    shape = (problem.x.shape[1] + 1, share.shape[1], problem.classes)
-    weights = torch.zeros(shape) if start is None else start.expand(shape).clone()
-    value, gradient = evaluate(weights)
-    history: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=HISTORY)
-    quiet = torch.zeros(shape[1])  # steps without a gain, by fold
-    for _ in range(MOST_STEPS):
-        active = quiet < QUIET_STEPS
-        direction = _direction(gradient, history)
-        slope = _dot(direction, gradient)
-        length = torch.ones(shape[1]) if history else 1 / _dot(gradient, gradient).sqrt().clamp_min(1)
-        length = length * active
-        for _ in range(MOST_HALVINGS):
-            moved = weights + length[:, None] * direction
-            new_value, new_gradient = evaluate(moved)
-            # What float32 cannot tell apart counts as no rise.
-            risen = new_value > value + 1e-4 * length * slope + NOISE * (1 + value.abs())
-            if not risen.any():
-                break
-            length = torch.where(risen, length / 2, length)
-        change, bend = moved - weights, new_gradient - gradient
-        curvature = _dot(change, bend)
-        history.append((change, bend, torch.where(curvature > 1e-12, 1 / curvature, 0.0)))
-        quiet = torch.where(value - new_value <= TOLERANCE * (0.1 + new_value.abs()), quiet + 1, quiet * ~active)
-        weights, value, gradient = moved, new_value, new_gradient
-        if bool((quiet >= QUIET_STEPS).all()):
-            break
-    return weights
-
-
-def _direction(gradient: Tensor, history: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-    """Where to go down: the gradient through the curvature that the last steps have met."""
-    direction, kept = -gradient, []
-    for change, bend, inverse in reversed(history):
-        part = inverse * _dot(change, direction)
-        direction = direction - part[:, None] * bend
-        kept.append(part)
-    if history:
-        change, bend, _ = history[-1]
-        scale = _dot(change, bend) / _dot(bend, bend).clamp_min(1e-30)
-        direction = direction * torch.where(scale > 0, scale, 1.0)[:, None]
-    for (change, bend, inverse), part in zip(history, reversed(kept), strict=True):
-        direction = direction + (part - inverse * _dot(bend, direction))[:, None] * change
-    return direction
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Scalar products by fold, (folds + 1,)."""
-    return (a * b).sum((0, 2))
+# Linear heads
 
 
 def _solve_logistic(problem: _Problem, strength: float, start: Tensor | None = None) -> Tensor:
-    return _minimise(problem, _binary_cross_entropy if problem.multi else _cross_entropy, strength, start)
+    return _minimise(problem, convex.binary_cross_entropy if problem.multi else convex.cross_entropy, strength, start)
 
 
 def _solve_svm(problem: _Problem, strength: float, start: Tensor | None = None) -> Tensor:
-    return _minimise(problem, _squared_hinge, strength, start)
+    return _minimise(problem, convex.squared_hinge, strength, start)
+
+
+def _minimise(problem: _Problem, loss: convex.Loss, strength: float, start: Tensor | None) -> Tensor:
+    return convex.minimise(problem.x, problem.y, problem.trains(), problem.classes, loss, strength, start)
 
 
 def _solve_means(problem: _Problem, strength: float, start: Tensor | None = None) -> Tensor:
@@ -394,7 +317,8 @@ def _solve_means(problem: _Problem, strength: float, start: Tensor | None = None
         covariance.mul_(1 - strength).diagonal().add_(strength * level)
         solved = torch.linalg.solve(covariance, means.T)
         weights[:-1, part] = solved
-        weights[-1, part] = torch.where(counts > 0, -0.5 * (means.T * solved).sum(0), -1e4)
+        bias = -0.5 * (means.T * solved).sum(0)
+        weights[-1, part] = torch.where(counts > 0, bias, bias.min())  # as far off as the farthest
     return weights
 
 
@@ -427,13 +351,13 @@ def _tune_linear(kind: str, grid: Sequence[float], first: int) -> Callable[[_Pro
     return tune
 
 
-def _tune(problem: _Problem, kinds: Sequence[str]) -> list[_Trial]:
-    """The best of each kind."""
+def _tune(problem: _Problem, kinds: Sequence[str]) -> dict[str, _Trial]:
+    """The best of each kind, and of what a blend is made of."""
     needed = dict.fromkeys((*kinds, *(BLENDED if "blend" in kinds else ())))
     trials = {kind: _TUNERS[kind](problem) for kind in needed if kind != "blend"}
     if "blend" in kinds:
         trials["blend"] = _blend(problem, tuple(trials[kind] for kind in BLENDED))
-    return [trials[kind] for kind in kinds]
+    return trials
 
 
 def _blend(problem: _Problem, parts: tuple[_Trial, ...]) -> _Trial:

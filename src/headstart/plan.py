@@ -47,12 +47,12 @@ if TYPE_CHECKING:
     from headstart.images import View
 
 HEADS = ("logistic", "svm", "means", "blend", "knn")
-LINEAR_HEADS = HEADS[:4]
+LINEAR_HEADS = tuple(kind for kind in HEADS if kind != "knn")
 # On features of several depths; the others take long there and were never the best.
 DEEP_HEADS = ("logistic", "means", "blend")
 # With fewer pictures cross-validation cannot tell heads apart: on 36 draws of 20 to 150 pictures the head that it
 # preferred to the blend was worse on others, above all where it took itself for certain.
-MANY_HEADS = 200
+COMPARABLE = 200  # pictures
 KNN_VECTORS = 20_000  # of features, one for each view of a picture: a model that holds more is no longer small
 
 
@@ -252,8 +252,9 @@ def _choose_heads(
         return heads, [f"heads {', '.join(heads)}: as set"]
     if s.task == "multi":
         return HEADS[:1], ["several labels a picture: one logistic regression for each label"]
-    if s.pictures < MANY_HEADS:
-        return ("blend",), [f"{s.pictures} pictures for training, fewer than {MANY_HEADS}: too few to compare heads by"]
+    if s.pictures < COMPARABLE:
+        why = f"{s.pictures} pictures for training, fewer than {COMPARABLE}, are too few to compare heads by"
+        return ("blend",), [f"heads blend, of logistic regression and class means: {why}"]
     if linear:
         return LINEAR_HEADS, []
     if deep:
