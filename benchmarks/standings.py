@@ -64,9 +64,9 @@ SETS = {  # and what has to be known of them
 UNSEEN = ("clipart", "stamps")
 WHY = {  # headstart loses on a set, as far as was found out
     "imagewoof": "the network was pretrained on the pictures that train here, but not on those of the test. "
-    "Cross-validated on the former, the head on final features has a log-loss of 0.175, which four views make 0.172; on "
-    "the test it is 0.228 and 0.251. So views are taken that help in training alone; without them headstart does not "
-    "lose that picture.",
+    "Cross-validated on the former, the head on final features has a log-loss of 0.175, which four views make 0.172; "
+    "on the test it is 0.228 and 0.251. So views are taken that help in training alone; without them headstart does "
+    "not lose that picture.",
 }
 LARGEST = {"flowers": 100}  # pictures a class that a set's training is cut to
 FULL, CUT, SHOTS = "full", "10 a class", 10
