@@ -392,7 +392,7 @@ def draw_plot(results: Results, file: Path) -> None:
     """Accuracy with its interval against wall time, a panel for each set, whole and cut."""
     import matplotlib
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator
+    from matplotlib.ticker import FixedLocator
 
     figure = Figure(figsize=(13, 13), layout="constrained")
     handles: dict[str, Any] = {}
@@ -405,7 +405,8 @@ def draw_plot(results: Results, file: Path) -> None:
                 handles[entrant] = axis.errorbar(seconds, found.value, reach, **look)
         axis.set_xscale("log")
         axis.minorticks_off()
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axis.xaxis.set_major_locator(FixedLocator([1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000]))
+        axis.margins(x=0.08)
         axis.xaxis.set_major_formatter("{x:g}")
         axis.set(title=f"{name}, {cut}", xlabel="seconds", ylabel="accuracy")
         axis.spines[["top", "right"]].set_visible(False)
