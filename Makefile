@@ -4,9 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TOOLS := $(VENV)/.tools
+FAST := $(VENV)/.fast
 CONTEST := .contest
 
-.PHONY: demo test test-slow check format bench contest clean
+.PHONY: demo test test-slow check format bench contest contest-data clean
 
 demo: $(INSTALLED)
 	$(BIN)/headstart demo
@@ -27,8 +28,8 @@ format: $(TOOLS)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# The measurements of the README: minutes to two hours, one after the other.
-bench: $(INSTALLED)
+# The measurements of docs/measurements.md and the README: minutes to two hours, one after the other.
+bench: $(FAST)
 	$(BIN)/python benchmarks/ants_bees.py
 	$(BIN)/python benchmarks/sets.py
 	$(BIN)/python benchmarks/budgets.py
@@ -41,13 +42,17 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/start.py
 
 # Rivals and headstart on the same pictures: a night, and it goes on where it was interrupted. Tables in docs/contest.md.
-contest: $(INSTALLED) $(CONTEST)/.installed
+contest: $(FAST) $(CONTEST)/.installed
 	$(BIN)/python benchmarks/contest.py --rivals $(CONTEST)/bin/python
 
+# Two of the contest's sets, of packages of Debian.
+contest-data: $(INSTALLED)
+	$(BIN)/python benchmarks/unseen.py
+
 # The rivals have an environment of their own.
-$(CONTEST)/.installed:
+$(CONTEST)/.installed: benchmarks/rivals.txt
 	$(PYTHON) -m venv $(CONTEST)
-	$(CONTEST)/bin/python -m pip install --quiet fastai timm scikit-learn torch torchvision
+	$(CONTEST)/bin/python -m pip install --quiet --requirement $<
 	touch $@
 
 $(BIN)/python:
@@ -57,11 +62,17 @@ $(INSTALLED): $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[backbones]"
 	touch $@
 
+# Measurements are made with what makes headstart fast.
+$(FAST): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --editable ".[backbones,fast]"
+	touch $@
+
 # The tools' list stands in pyproject.toml's dependency groups; pip knows them since 25.1.
 $(TOOLS): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --group test --group check
 	touch $@
 
+# The contest's pictures stay: they are 290 MB to download, and Debian may no longer have them.
 clean:
-	rm -rf $(VENV) $(CONTEST) build dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(filter-out %/data,$(wildcard $(CONTEST)/* $(CONTEST)/.[!.]*)) build dist .mypy_cache .ruff_cache .pytest_cache

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -26,10 +25,11 @@ from torch import nn, optim
 
 from common import headstart, run, tutorial_loaders
 from headstart import backbones
+from sets import DATA
 
 EPOCHS = 25
 COMMAND = "headstart train --strategy probe"
-DATA = Path(os.environ.get("HEADSTART_TEST_DATA") or Path(__file__).resolve().parents[2] / "shared/data", "hymenoptera")
+PICTURES = DATA / "hymenoptera"
 NOTES = {
     "pictures": "import of torch, decoding, forward: overlapped",
     "network": "within pictures: building the network",
@@ -48,14 +48,14 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3, help="how often headstart is measured [default: 3]")
     parser.add_argument("--json", type=Path, help="file for the raw numbers")
     given = parser.parse_args()
-    if not DATA.is_dir():
-        print(f"{DATA} is not there: give HEADSTART_TEST_DATA a folder that holds hymenoptera/train and val")
+    if not PICTURES.is_dir():
+        print(f"{PICTURES} is not there: give HEADSTART_TEST_DATA a folder that holds hymenoptera/train and val")
         return
 
     epochs = EPOCHS if given.full else 2
     raw: dict[str, list] = {"tutorial": [], "cold": [], "warm": [], "imports": []}
     with tempfile.TemporaryDirectory(prefix="headstart-") as folder:
-        for number, epoch in enumerate(tutorial(DATA, epochs), 1):
+        for number, epoch in enumerate(tutorial(PICTURES, epochs), 1):
             raw["tutorial"].append(epoch)
             # headstart's runs are spread between the epochs: what slows the machine for a while slows both.
             while len(raw["cold"]) < given.runs * number / epochs:
@@ -115,7 +115,7 @@ def tutorial(data: Path, epochs: int) -> Iterator[dict[str, float]]:
 
 def train(out: Path) -> dict[str, float | dict]:
     """A whole process of `COMMAND`. Runs whose folders have the same parent share a cache."""
-    seconds, _ = headstart("train", DATA, "--strategy", "probe", "--out", out, cache=out.parent / "cache")
+    seconds, _ = headstart("train", PICTURES, "--strategy", "probe", "--out", out, cache=out.parent / "cache")
     parts = json.loads((out / "environment.json").read_text())["seconds"]
     accuracy = json.loads((out / "metrics.json").read_text())["metrics"]["accuracy"]
     return {"seconds": seconds, "parts": parts, "accuracy": accuracy}
@@ -131,10 +131,8 @@ def report(raw: dict[str, list], runs: int) -> None:
     reached = f"{looks[-1]:.3f} after {len(epochs)} epochs, n={epochs[-1]['n']}"
     if len(epochs) == EPOCHS:
         reached += f" (best of {EPOCHS} looks: {max(looks):.3f})"
-    print(
-        f"Fixed features of efficientnet_lite0 for {DATA.name}; the tutorial in float32 without its imports, headstart"
-    )
-    print(f"as whole processes, median of {runs}, alternating with the tutorial's epochs.\n")
+    print(f"Fixed features of efficientnet_lite0 for {PICTURES.name}; the tutorial in float32 without its imports,")
+    print(f"headstart as whole processes, median of {runs}, alternating with the tutorial's epochs.\n")
     print("| | seconds | tutorial / this | accuracy on val |")
     print("| --- | --- | --- | --- |")
     print(f"| the tutorial's loop ({counted}) | {whole:.1f} | 1 | {reached} |")

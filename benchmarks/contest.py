@@ -6,8 +6,8 @@ python benchmarks/contest.py --report  (no run; only docs/contest.md and its plo
 
 Each run is a whole process and leaves one line of JSON; the same command goes on where it was interrupted, and runs
 nothing twice, but for headstart where its source has changed since: the later row counts. A run that fails is said and
-leaves no line. rivals.py says how each rival is set up, unseen.py gets two of the sets, and standings.py makes the
-document.
+leaves no line. entrants.py says who takes part on which sets, rivals.py how each rival is set up, unseen.py gets two of
+the sets (`make contest-data`), and standings.py makes the document.
 
 Expected (2-core machine): the tables in docs/contest.md.
 """
@@ -29,9 +29,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import unseen
 from common import Failed, run
+from entrants import CUT, EPOCHS, LARGEST, OURS, RIVALS, SEEDS, SETS, SHOTS, UNSEEN, takes_part
+from results import Row
 from sets import DATA
-from standings import CUT, EPOCHS, FULL_ONLY, LARGEST, OURS, RIVALS, SEEDS, SETS, SHOTS, UNSEEN, Row, write_report
+from standings import write_report
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPORT = (
@@ -53,17 +56,25 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="run nothing, only write docs/contest.md from the rows")
     given = parser.parse_args()
     if not given.report:
-        there = [name for name in given.sets if find_images(name).is_dir()]
-        if not there:
-            sys.exit("needs real pictures: set HEADSTART_TEST_DATA")
-        if len(there) < len(given.sets):
-            print("not there:", *(name for name in given.sets if name not in there))
+        there = list_there(given.sets)
         if set(given.entrants) & set(RIVALS) and not given.rivals.exists():
             sys.exit(f"{given.rivals} is not there: `make contest` sets up the rivals, or give --rivals")
         cases = [(name, cut, seed) for cut, seeds in SEEDS.items() for name in there for seed in seeds]
         whole = hold(cases, given.entrants, given.rivals, given.rows)
     write_report(read_rows(given.rows), ROOT / "docs/contest.md")
     sys.exit(0 if given.report or whole else 1)
+
+
+def list_there(names: Sequence[str]) -> list[str]:
+    """The sets whose pictures are there; the others are said, with how to get them, and none is no contest."""
+    there = [name for name in names if find_images(name).is_dir()]
+    for made, remedy in ((False, "set HEADSTART_TEST_DATA"), (True, "`make contest-data` gets them")):
+        missing = [name for name in names if name not in there and (name in UNSEEN) == made]
+        if missing:
+            print(f"not there: {', '.join(missing)} ({remedy})", flush=True)
+    if not there:
+        sys.exit("needs real pictures")
+    return there
 
 
 # The runs
@@ -86,7 +97,7 @@ def hold(cases: Sequence[Case], entrants: Sequence[str], python: Path, file: Pat
         subprocess.run((sys.executable, "-c", EXPORT, weights), check=True)
         for case in cases:
             for entrant in entrants:
-                if (*case, entrant) in done or (case[1] == CUT and entrant in FULL_ONLY):
+                if (*case, entrant) in done or not takes_part(entrant, case[1]):
                     continue
                 try:
                     row = measure(case, entrant, python, weights)
@@ -137,12 +148,10 @@ def measure(case: Case, entrant: str, python: Path, weights: Path) -> Row:
     images = find_images(case[0]).absolute()
     pictures = list_pictures(images, case)
     with tempfile.TemporaryDirectory(prefix="headstart-") as folder:
-        table, out = Path(folder, "table.csv"), Path(folder, "run")
-        with table.open("w", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerows([("image", "label", "split"), *pictures])
+        table, out = write_table(Path(folder), images, pictures), Path(folder, "run")
         command = make_command(entrant, case, python, (table, images, weights, out))
         seconds, memory = run(command, cache=Path(folder, "cache"))
-        labels = read_labels(out / "predictions.csv", images)
+        labels = read_labels(out / "predictions.csv")
         plan, environment = (json.loads((out / f"{name}.json").read_text()) for name in ("plan", "environment"))
     classes = sorted({label for _, label, _ in pictures})
     numbers = {label: number for number, label in enumerate(classes)}
@@ -169,9 +178,19 @@ def measure(case: Case, entrant: str, python: Path, weights: Path) -> Row:
     }
 
 
+def write_table(folder: Path, images: Path, pictures: Pictures) -> Path:
+    """A table of the pictures, and beside it links to what it names: as if the set's own folder were given."""
+    for part in ("train", "val"):
+        (folder / part).symlink_to(images / part, target_is_directory=True)
+    table = folder / "table.csv"
+    with table.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("image", "label", "split"), *pictures])
+    return table
+
+
 def find_images(name: str) -> Path:
     """The folder of a set: beside the others, or where unseen.py writes."""
-    return DATA / name if name not in UNSEEN else ROOT / ".contest/data" / name
+    return DATA / name if name not in UNSEEN else unseen.FOLDER / name
 
 
 def digest_pictures(images: Path, pictures: Pictures) -> str:
@@ -202,17 +221,17 @@ def draw_names(names: Iterable[str], count: int, seed: int) -> list[str]:
 
 
 def make_command(entrant: str, case: Case, python: Path, paths: tuple[Path, Path, Path, Path]) -> list[str | Path]:
-    table, images, _, out = paths
+    table, _, _, out = paths
     if entrant in OURS:
-        return [sys.executable, "-m", "headstart", "train", table, "--images", images, "--out", out, *OURS[entrant]]
+        return [sys.executable, "-m", "headstart", "train", table, "--out", out, *OURS[entrant]]
     options = ("--epochs", str(EPOCHS.get(case[0], 10)), "--seed", str(case[2]))
     return [python, ROOT / "benchmarks/rivals.py", entrant, *paths, *options]
 
 
-def read_labels(predictions: Path, images: Path) -> dict[str, str]:
-    """The class given to each picture, by its name below the images' folder."""
+def read_labels(predictions: Path) -> dict[str, str]:
+    """The class given to each picture, by the name that the table has for it."""
     with predictions.open(encoding="utf-8", newline="") as file:
-        return {os.path.relpath(images / row["source"], images): row["label"] for row in csv.DictReader(file)}
+        return {row["source"]: row["label"] for row in csv.DictReader(file)}
 
 
 def describe_machine() -> str:

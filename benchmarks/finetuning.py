@@ -2,7 +2,7 @@
 
 python benchmarks/finetuning.py    (six minutes)
 
-Expected (2-core machine): lp-ft takes a fifth to a seventh of the tutorial's time; accuracy on val 0.94, where the
+Expected (2-core machine): lp-ft takes a sixth to a seventh of the tutorial's time; accuracy on val 0.948, where the
 tutorial's best epoch has 0.93. Two processes on the same two cores are no faster than one, whose threads use both.
 """
 

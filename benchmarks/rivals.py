@@ -147,10 +147,11 @@ def choose_batch(pictures: int) -> int:
     return next((size for size in (64, 32, 16, 8) if pictures // size >= 3), 4)
 
 
-def sklearn(job: Job, tunes: bool) -> Outcome:
-    """scikit-learn's logistic regression on standardised final features, its strength the default or cross-validated.
+def sklearn(job: Job, tunes: bool, scales: bool = True) -> Outcome:
+    """scikit-learn's logistic regression on final features, its strength the default or cross-validated.
 
-    Pictures are resized as the weights want it.
+    Its documentation recommends to standardise features. On few pictures that can hurt: a feature that by chance hardly
+    varies among them is divided by next to nothing. So it may be left out. Pictures are resized as the weights want it.
     """
     import torch
     from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
@@ -164,7 +165,7 @@ def sklearn(job: Job, tunes: bool) -> Outcome:
     train, test = (infer(body, load(job.images, part, steps, 32, workers)) for part in (job.train, job.test))
     tuned = {"Cs": 10, "cv": 5, "n_jobs": workers}
     head = LogisticRegressionCV(max_iter=1000, **tuned) if tunes else LogisticRegression(max_iter=1000)
-    classifier = make_pipeline(StandardScaler(), head)
+    classifier = make_pipeline(*([StandardScaler()] if scales else []), head)
     classifier.fit(train.numpy(), [label for _, label in job.train])
     return classifier.predict(test.numpy()).tolist(), {"max_iter": 1000, "C": head.C_.tolist() if tunes else [1.0]}
 
@@ -235,6 +236,8 @@ DESCRIPTIONS = {
     "fastai-lr-find": "the same at the rate that `lr_find` suggests (its default, the valley).",
     "sklearn": "the final features in float32, `StandardScaler` and `LogisticRegression(max_iter=1000)`.",
     "sklearn-tuned": "the same with `LogisticRegressionCV(Cs=10, cv=5, max_iter=1000)`.",
+    "sklearn-unscaled": "`sklearn-tuned` without `StandardScaler`: scikit-learn's documentation recommends scaling, "
+    "but on few pictures it can hurt.",
 }
 ENTRANTS = {
     "tutorial-frozen": functools.partial(tutorial, whole=False),
@@ -243,6 +246,7 @@ ENTRANTS = {
     "fastai-lr-find": functools.partial(fastai, finds_rate=True),
     "sklearn": functools.partial(sklearn, tunes=False),
     "sklearn-tuned": functools.partial(sklearn, tunes=True),
+    "sklearn-unscaled": functools.partial(sklearn, tunes=True, scales=False),
 }
 
 

@@ -3,7 +3,7 @@
 python benchmarks/strategies.py                          (an hour and a half; scratch takes most of it)
 python benchmarks/strategies.py --strategies lp-ft       (ten minutes)
 
-Expected (2-core machine): accuracies within the intervals of the README's table.
+Expected (2-core machine): accuracies within the intervals of the table in docs/measurements.md.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ Both loops run on the same pictures with the same network, batch size, transform
 and batch norms in training mode, each in a fresh process; the second epoch counts, and the first is shown beside it.
 
 Expected (2-core machine): an epoch of the packaged network is 1.7 to 2.4 times as fast as the tutorial's with batches
-of 4, 4.9 to 6 times with 32; of a ResNet-18 1.7 to 1.8 and 2.7 to 2.8 times. Losses of three epochs in bfloat16 and
+of 4, 4.9 to 6.1 times with 32; of a ResNet-18 1.7 to 1.8 and 2.7 to 2.8 times. Losses of three epochs in bfloat16 and
 float32 differ less than those of two seeds.
 """
 
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -25,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from common import tutorial_loaders
+from sets import DATA
 
-ROOT = Path(os.environ.get("HEADSTART_TEST_DATA") or Path(__file__).resolve().parents[2] / "shared/data")
 NETWORKS = ("efficientnet_lite0", "resnet18")
 EPOCHS = 2
 
@@ -45,17 +44,17 @@ def main() -> None:
         seconds = (tutorial if side == "tutorial" else ours)(Path(data), network, int(batch))
         print(json.dumps(seconds))
         return
-    if not ROOT.is_dir():
-        print(f"{ROOT} is not there: give HEADSTART_TEST_DATA a folder of sets with train and val")
+    if not DATA.is_dir():
+        print(f"{DATA} is not there: give HEADSTART_TEST_DATA a folder of sets with train and val")
         return
     rows: list[dict] = []
     if not given.parts:
         compare(given, rows)
-    theirs = rows[0]["tutorial"] if rows else measure("tutorial", ROOT / "hymenoptera", NETWORKS[0], 4)
+    theirs = rows[0]["tutorial"] if rows else measure("tutorial", DATA / "hymenoptera", NETWORKS[0], 4)
     print("\nParts of lite0 alone, batch 32, hymenoptera (pictures/s of the second epoch, training and evaluation):")
     print(f"{'(the tutorial, batch 4)':<44} {398 / theirs[-1]:6.1f}", flush=True)
     for label, settings in PARTS.items():
-        seconds = train(ROOT / "hymenoptera", "efficientnet_lite0", 32, settings)
+        seconds = train(DATA / "hymenoptera", "efficientnet_lite0", 32, settings)
         print(f"{label:<44} {398 / seconds[-1]:6.1f}  {theirs[-1] / seconds[-1]:5.2f} times the tutorial", flush=True)
     if not given.parts:
         show_curves(given.networks)
@@ -67,10 +66,10 @@ def compare(given: argparse.Namespace, rows: list[dict]) -> None:
     """An epoch of both, for each set, network and batch size."""
     print(f"{'set':<12} {'network':<19} batch  tutorial  headstart  ratio (first epoch)  pictures/s")
     for name in given.sets:
-        count = sum(1 for _ in (ROOT / name).rglob("*.*"))
+        count = sum(1 for _ in (DATA / name).rglob("*.*"))
         for network in given.networks:
             for batch in given.batches:
-                theirs, own = (measure(side, ROOT / name, network, batch) for side in ("tutorial", "headstart"))
+                theirs, own = (measure(side, DATA / name, network, batch) for side in ("tutorial", "headstart"))
                 rows.append({"set": name, "network": network, "batch": batch, "tutorial": theirs, "headstart": own})
                 print(
                     f"{name:<12} {network:<19} {batch:>5}  {theirs[-1]:6.1f} s  {own[-1]:7.1f} s  "
@@ -86,7 +85,7 @@ def show_curves(networks: list[str]) -> None:
     for network in networks:
         for precision in ("float32", "bfloat16"):
             for seed in (0, 1):
-                losses = curve(ROOT / "hymenoptera", network, precision, seed)
+                losses = curve(DATA / "hymenoptera", network, precision, seed)
                 print(
                     f"{network:<19} {precision:<9} seed {seed}: {'  '.join(f'{loss:.4f}' for loss in losses)}",
                     flush=True,

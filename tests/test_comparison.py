@@ -1,4 +1,6 @@
+import dataclasses
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 import headstart
 from headstart import backbones, cli, comparison, metrics
 from headstart.comparison import Ranked, recommend
-from headstart.errors import DataError
+from headstart.errors import DataError, HeadstartError, WeightsError
 from headstart.metrics import Estimate
 from headstart.plan import Plan
 
@@ -122,6 +124,70 @@ def test_the_command_says_what_to_run_next(shapes, tiny_weights, two, tmp_path, 
     assert "recommended: " in shown and f"headstart train {shapes} --backbone" in shown
     rows = json.loads(Path(tmp_path / "r.json").read_text())
     assert [row["name"] for row in rows] and rows[0]["behind"] is None
+
+
+def test_the_command_brings_along_what_says_how_the_data_are_read(make_shapes, tiny_weights, two, tmp_path, capsys):
+    folder = make_shapes(tmp_path / "the shapes", 12)
+    rows = [f"{path.relative_to(folder)},{path.parent.name}" for path in sorted(folder.rglob("*.png"))]
+    (tmp_path / "table.csv").write_text("\n".join(("image,kind", *rows)))
+    words = ["rank", str(tmp_path / "table.csv"), "--images", str(folder), "--label-column", "kind"]
+    assert cli.main([*words, "--weights", str(tiny_weights), "--device", "cpu"]) == 0
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert command[:3] == ["headstart", *("train", str(tmp_path / "table.csv"))]
+    assert cli.main([*command[1:], "--out", str(tmp_path / "run")]) == 0
+
+
+def test_a_network_that_cannot_be_used_is_passed_over_unless_the_user_named_it(
+    shapes, tiny_weights, two, tmp_path, monkeypatch, caplog
+):
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"nonsense")
+    with pytest.raises(HeadstartError, match="broken"):
+        headstart.rank(shapes, weights=str(broken), device="cpu")
+    real = comparison.backbones.locate
+
+    def locate(name, *rest, **more):
+        located = real(name, *rest, **more)
+        return located if rest else dataclasses.replace(located, file=broken)
+
+    monkeypatch.setattr(comparison.backbones, "locate", locate)
+    monkeypatch.setattr(comparison.backbones, "load", refuse(comparison.backbones.load, broken))
+    (ranked,) = headstart.rank(shapes, weights=str(tiny_weights), device="cpu")
+    assert ranked.file == str(tiny_weights)
+    assert "efficientnet_lite0: not measured: " in caplog.text
+
+
+def refuse(load, broken):
+    def look(located):
+        if located.file == broken:
+            raise WeightsError(broken, "is no weights file", "Take it away.")
+        return load(located)
+
+    return look
+
+
+def test_a_network_that_the_user_names_is_measured_and_no_other_twice(shapes, two):
+    (ranked,) = headstart.rank(shapes, backbone="efficientnet_lite0", device="cpu")
+    assert ranked.name == "efficientnet_lite0" and ranked.file == ""
+
+
+def test_several_weights_files_are_measured(shapes, tiny_weights, two, tmp_path):
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(tiny_weights.read_bytes())
+    card = tiny_weights.with_suffix(".json")
+    if card.exists():
+        other.with_suffix(".json").write_bytes(card.read_bytes())
+    ranked = headstart.rank(shapes, weights=f"{tiny_weights},{other}", device="cpu")
+    assert {entry.file for entry in ranked} == {str(tiny_weights), str(other), ""}
+
+
+def test_size_and_fit_are_those_that_were_given(shapes, tiny_weights, two, monkeypatch):
+    seen, real = [], comparison.views.look
+    monkeypatch.setattr(
+        comparison.views, "look", lambda data, spec, *rest: (seen.append(spec.preprocess), real(data, spec, *rest))[1]
+    )
+    headstart.rank(shapes, weights=str(tiny_weights), device="cpu", size=96, fit="squash")
+    assert {(preprocess.size, preprocess.fit) for preprocess in seen} == {(96, "squash")}
 
 
 # A plan alone

@@ -327,10 +327,41 @@ def test_an_answer_that_cannot_be_kept_is_used_all_the_same(backbone, tmp_path, 
     assert find_for(backbone, tmp_path / "file") == "openvino" and "will be timed again" in caplog.text
 
 
-@pytest.mark.parametrize("graph", [lambda pixels: np.ones((len(pixels), 256), np.float32), None])
-def test_other_features_or_none_leave_it_to_pytorch(backbone, tmp_path, monkeypatch, pretended, graph):
-    monkeypatch.setattr(compiled, "compile_function", lambda *_: graph)
-    assert find_for(backbone, tmp_path) == "torch"
+@pytest.mark.parametrize(
+    ("change", "engine"),
+    [
+        (lambda rows: rows, "openvino"),
+        (lambda rows: rows + 1e-4 * rows.std(0), "openvino"),
+        (lambda rows: np.repeat(rows.mean(0, keepdims=True), len(rows), 0), "torch"),  # the same for all
+        (lambda rows: np.roll(rows, 1, 0), "torch"),  # another picture's
+        (lambda rows: rows + np.where(np.arange(rows.shape[1]) < 8, 9 * rows.std(), 0), "torch"),  # a depth is wrong
+        (None, "torch"),
+    ],
+)
+def test_other_features_or_none_leave_it_to_pytorch(backbone, tmp_path, monkeypatch, pretended, change, engine):
+    monkeypatch.setattr(embedders, "time_embedders", lambda *_: (1.0, 0.1))
+
+    def compile_function(function, *_):
+        def run(pixels):
+            with torch.inference_mode():
+                return change(function(torch.from_numpy(pixels)).numpy()).astype(np.float32)
+
+        return run if change is not None else None
+
+    monkeypatch.setattr(compiled, "compile_function", compile_function)
+    tapped = Backbone(backbone.spec.adapted(taps=("blocks.0", "final")), backbone.state_dict())
+    assert find_for(tapped, tmp_path) == engine
+
+
+def test_pictures_by_which_engines_are_compared_are_not_alike(backbone):
+    pixels = embedders.draw_pictures(64)
+    assert pixels.shape == (8, 64, 64, 3) and pixels.dtype == np.uint8
+    assert np.array_equal(pixels, embedders.draw_pictures(64))
+    with torch.inference_mode():
+        rows = backbone.network(backbone.spec.preprocess.normalise(torch.from_numpy(pixels)))
+    centred = rows - rows.mean(0)
+    likeness = torch.nn.functional.cosine_similarity(centred[:, None], centred[None], 2)
+    assert likeness.fill_diagonal_(0).max() < 0.9
 
 
 def test_an_engine_that_fails_after_its_trial_is_named_with_what_to_do(backbone, tmp_path, monkeypatch, pretended):

@@ -85,9 +85,9 @@ def test_the_views_that_say_more_are_found(tmp_path, fresh):
     found = evidence.weigh_views(
         table, lambda samples, view: np.stack([rows[view][s.source] for s in samples]), SETS, (FINAL,)
     )
-    assert [variant.views for variant in found] == [("plain",), *SETS]
-    views = verdicts.choose_views(found, "auto")
-    assert views == ("plain", *fresh) if len(fresh) != 1 else set(fresh) <= set(views)
+    # All are tried only where mirror images and the enlarged middle are worth their passes each.
+    assert [variant.views for variant in found] == [("plain",), *(SETS if len(fresh) == 3 else SETS[:2])]
+    assert verdicts.choose_views(found, "auto") == ("plain", *fresh)
 
 
 def test_without_sets_of_views_none_are_compared(tmp_path):
@@ -105,7 +105,7 @@ class Told(World):
         return self.others(value)
 
 
-def gather(table, numbers, asked, symmetry="mirror", world=World()):
+def gather(table, numbers, asked, world=World()):
     """What is found on features of three depths, of which early ones are best, and mirror images that say more."""
     sources = [*(sample.source for sample in table.samples), "other.png"]
 
@@ -125,7 +125,7 @@ def gather(table, numbers, asked, symmetry="mirror", world=World()):
 
     spec = Spec("net", "timm", "net", {}, Preprocess(16, 1.0), taps=DEPTHS.taps)
     plain = functools.partial(stack, "plain")
-    return evidence.gather(table, DEPTHS, spec, plain, look, symmetry, world=world), stack
+    return evidence.gather(table, DEPTHS, spec, plain, look, world=world), stack
 
 
 def test_a_view_is_looked_at_once_for_all_who_ask(tmp_path):
@@ -149,7 +149,9 @@ def test_of_several_processes_the_first_one_finds(tmp_path):
     first = Variant((FINAL,), ("plain",), "logistic", 0.1, 0.99, 0.9, 1.0, 120)
 
     def tell(value):
-        return dataclasses.replace(value, views=()) if isinstance(value, Evidence) else (first, *value)
+        if isinstance(value, Evidence):
+            return dataclasses.replace(value, views=())
+        return (first, *value) if isinstance(value, tuple) else value
 
     told, _ = gather(table, numbers, [], world=Told(tell))
     assert alone.spec.taps == DEPTHS.taps and len(alone.spec.views) == 4

@@ -113,13 +113,44 @@ def test_class_means_at_strength_1_are_the_nearest_mean(fit_at):
     assert (logits_of(fitted, features).argmax(1) == expected).all()
 
 
-def test_class_means_near_strength_0_are_linear_discriminant_analysis_with_equal_priors(fit_at):
+def test_class_means_near_strength_0_are_linear_discriminant_analysis_with_classes_as_likely_as_frequent(fit_at):
     features, targets, folds = blobs(apart=0.5)
     lopsided = np.flatnonzero((targets > 0) | (np.arange(len(targets)) % 2 == 0))
     features, targets, folds = features[lopsided], targets[lopsided], folds[lopsided]
     fitted = fit_at("means", 1e-6, features, targets, folds)
-    expected = LinearDiscriminantAnalysis(solver="svd", priors=[1 / 3] * 3).fit(scaled(features), targets)
+    expected = LinearDiscriminantAnalysis(solver="svd").fit(scaled(features), targets)
     assert (logits_of(fitted, features).argmax(1) == expected.predict(scaled(features))).all()
+    found = softmax(logits_of(fitted, features))
+    assert found == pytest.approx(expected.predict_proba(scaled(features)), abs=1e-2)
+
+
+def test_where_a_class_is_rare_class_means_are_no_worse_than_logistic_regression_by_much(fit_at):
+    # With equal priors the rare class would be told far too often, and no temperature could mend that.
+    random = np.random.default_rng(0)
+    targets = (np.arange(600) % 20 == 0).astype(np.int64)
+    features = random.normal(size=(600, 30)).astype(np.float32)
+    features[:, 0] += 2 * targets
+    folds = np.arange(600) // 20 % 5
+    losses = {
+        kind: heads.fit_head(features, targets, folds, 2, (kind,)).candidates[0] for kind in ("means", "logistic")
+    }
+    assert losses["means"].log_loss < 1.1 * losses["logistic"].log_loss
+    assert losses["means"].accuracy >= 0.95  # that of always saying the frequent one
+
+
+def test_moments_of_folds_are_those_of_their_training_pictures():
+    features, targets, folds = blobs(apart=0.5)
+    folds = np.where(np.arange(len(folds)) % 7 == 0, -1, folds)  # some are never held out
+    x, y, fold = torch.from_numpy(features), torch.from_numpy(targets), torch.from_numpy(folds)
+    problem = heads._Problem(x, y, fold, CLASSES)
+    for number, moments in enumerate(problem.moments):
+        rows = folds != number  # the last number is no fold: all pictures
+        own = [features[rows & (targets == label)] for label in range(CLASSES)]
+        centred = np.concatenate([part - part.mean(0) for part in own])
+        assert moments.counts.tolist() == [len(part) for part in own]
+        np.testing.assert_allclose(moments.means, np.stack([part.mean(0) for part in own]), atol=1e-4)
+        np.testing.assert_allclose(moments.covariance, centred.T @ centred / rows.sum(), atol=1e-3)
+    assert len(problem.moments) == folds.max() + 2
 
 
 @pytest.mark.parametrize("strength", [0.1, 0.6])

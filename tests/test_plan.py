@@ -97,6 +97,28 @@ def test_on_other_depths_fewer_heads_compete_unless_they_are_set(settings, heads
     assert words in reasons(plan)
 
 
+@pytest.mark.parametrize(
+    ("losses", "chosen"),
+    [
+        ({}, ("pad", 160)),  # as it is
+        ({("pad", 160): 0.30, ("squash", 160): 0.20, ("squash", 224): 0.19}, ("squash", 224)),
+        ({("pad", 160): 0.30, ("squash", 160): 0.20, ("squash", 224): 0.199}, ("squash", 160)),
+        ({("pad", 160): 0.30, ("squash", 160): 0.298, ("pad", 224): 0.25}, ("pad", 224)),
+        ({("pad", 160): 0.30, ("squash", 160): 0.40, ("pad", 224): 0.50}, ("pad", 160)),
+    ],
+)
+def test_the_geometry_is_the_cheapest_but_for_what_others_gain(losses, chosen):
+    found = tuple(
+        Variant((FINAL,), ("plain",), "means", loss, 0.9, 0.8, 0.95, 300, fit, size)
+        for (fit, size), loss in losses.items()
+    )
+    final = Variant((FINAL,), ("plain",), "means", 0.3, 0.9, 0.8, 0.95, 300)
+    facts = {"evidence": Evidence((final,), (), None, geometries=found), "fit": "pad", "size": 160}
+    plan = decide(situation(**facts), RunConfig())
+    assert (plan.phases[0].fit, plan.phases[0].size) == chosen
+    assert (f"{chosen[0]} {chosen[1]} is taken" in reasons(plan)) == bool(losses)
+
+
 def test_the_time_that_training_takes_is_foreseen():
     plan = training({"strategy": "finetune", "epochs": 5})
     assert "5 epochs of 300 pictures: about 30 s" in reasons(plan)  # at 0.02 s for each
@@ -152,7 +174,15 @@ def test_a_plan_depends_on_nothing_but_its_arguments():
 def test_nothing_in_a_plan_is_left_to_be_decided_and_it_is_json():
     values = json.loads(json.dumps(decide(USUAL, RunConfig()).to_json()))
     assert values["phases"] == [
-        {"heads": list(ALL), "folds": 5, "taps": ["final"], "views": ["plain"], "phase": "fit_head"}
+        {
+            "heads": list(ALL),
+            "folds": 5,
+            "taps": ["final"],
+            "views": ["plain"],
+            "fit": "crop",
+            "size": 224,
+            "phase": "fit_head",
+        }
     ]
     assert "auto" not in {values["strategy"], values["device"], values["precision"]}
     assert all(values["reasons"])

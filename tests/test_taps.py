@@ -21,7 +21,7 @@ from headstart.embedders import prepare
 from headstart.errors import UsageError
 from headstart.features import key_of
 from headstart.images import Preprocess, open_image
-from headstart.taps import Tapped, pool
+from headstart.taps import FINAL, Tapped, find_depths, pool
 from headstart.zoo import Spec
 
 CPU = torch.device("cpu")
@@ -149,7 +149,15 @@ def test_a_torchvision_networks_blocks_are_tapped():
 
 
 @pytest.mark.parametrize(
-    ("shape", "last"), [((2, 3, 4, 5), False), ((2, 4, 5, 3), True), ((2, 9, 3), False), ((2, 3), False)]
+    ("shape", "last"),
+    [
+        ((2, 3, 5, 5), False),
+        ((2, 3, 5, 5), True),  # what the shape says counts
+        ((2, 5, 5, 3), False),
+        ((2, 5, 5, 3), True),
+        ((2, 9, 3), False),
+        ((2, 3), False),
+    ],
 )
 def test_pooling_leaves_one_number_a_channel(shape, last):
     # The mistake: no global pooling, so that what follows depends on the size of the pictures.
@@ -157,6 +165,54 @@ def test_pooling_leaves_one_number_a_channel(shape, last):
     found = pool(output, last)
     assert found.shape == (2, 3)
     torch.testing.assert_close(found.sum(), output.sum() * found.numel() / output.numel())
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_map_with_as_many_channels_as_places_in_a_row_is_read_as_the_network_says(last):
+    output = torch.randn(2, 3, 3, 3)
+    torch.testing.assert_close(pool(output, last), output.mean((1, 2) if last else (2, 3)))
+
+
+class Beside(nn.Module):
+    """Two scales beside each other, as a tuple, a block that is never called, and places before channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.idle = nn.Conv2d(3, 4, 3, 2), nn.Conv2d(4, 4, 3)
+        self.scales, self.places, self.last = Scales(), Places(), nn.Linear(4, 6)
+
+    def forward(self, x):
+        return self.last(self.places(self.scales(self.first(x))[0]).mean((1, 2)))
+
+
+class Scales(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 5)
+
+    def forward(self, x):
+        return self.one(x), self.two(x)
+
+
+class Places(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.inner(x.permute(0, 2, 3, 1))
+
+
+def test_depths_are_of_blocks_that_give_a_tensor_of_features():
+    taps, widths = find_depths(Beside().eval(), 32)
+    assert taps[-1] == FINAL and not {"scales", "idle"} & set(taps)
+    assert dict(zip(taps, widths, strict=True))[FINAL] == 6 and widths[taps.index("places")] == 4
+
+
+@pytest.mark.parametrize("tap", ["scales", "idle"])
+def test_a_block_that_gives_no_tensor_of_features_is_refused(tap):
+    with pytest.raises(UsageError, match=f"taps: '{tap}' gives no tensor"):
+        Tapped(Beside().eval(), (tap, FINAL), 32)(torch.zeros(1, 3, 32, 32))
 
 
 # Names

@@ -81,17 +81,16 @@ def test_the_layout_that_is_fastest_is_found(fast):
     assert set(watched.passes) == {FIRST, LAST, HALF}
 
 
-def test_what_was_found_is_kept_and_not_measured_again(tmp_path):
+def test_the_layout_that_was_found_is_kept_and_how_fast_it_is_now_is_timed_again(tmp_path):
     watched = Watched()
     watched.behave = slow_but_in(LAST)
     assert watched.find(tmp_path / "cache") == LAST
     watched.passes.clear()
     watched.behave = slow_but_in(FIRST)
     assert watched.find(tmp_path / "cache") == LAST
-    assert not watched.passes
+    assert set(watched.passes) == {LAST}
     (file,) = (tmp_path / "cache").iterdir()
-    kept = json.loads(file.read_text())
-    assert kept.pop("seconds") > 0 and kept == {"precision": "float32", "channels_last": True}
+    assert json.loads(file.read_text()) == {"precision": "float32", "channels_last": True}
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"7", b'{"precision": "float32"', b'{"layout": 1}', b"\xff\xfe"])
@@ -103,10 +102,9 @@ def test_a_damaged_answer_is_said_and_found_again(tmp_path, content, caplog):
     file.write_bytes(content)
     watched.passes.clear()
     found = watched.find(tmp_path)
-    assert watched.passes
+    assert set(watched.passes) == {FIRST, LAST, HALF}
     assert f"{file} cannot be read" in caplog.text and "the steps are timed again" in caplog.text
-    kept = json.loads(file.read_bytes())
-    assert kept.pop("seconds") > 0 and kept == dataclasses.asdict(found)
+    assert json.loads(file.read_bytes()) == dataclasses.asdict(found)
 
 
 def test_without_a_cache_it_is_measured_each_time(own_cache):
@@ -146,12 +144,12 @@ SAME = {
 
 
 @pytest.mark.parametrize("what", [*DIFFERENT, *SAME])
-def test_it_is_measured_again_where_something_that_matters_is_another(what, tmp_path):
+def test_all_layouts_are_tried_again_where_something_that_matters_is_another(what, tmp_path):
     watched = Watched(nn.Sequential(nn.Unflatten(1, (5, -1)), Mean(), nn.Linear(5, 3)))  # of any size
     watched.find(tmp_path)
     watched.passes.clear()
     watched.find(tmp_path, **{**DIFFERENT, **SAME}[what])
-    assert bool(watched.passes) == (what in DIFFERENT)
+    assert (len(set(watched.passes)) > 1) == (what in DIFFERENT)
 
 
 def test_all_large_batches_are_measured_by_the_same_pictures(tmp_path):
@@ -159,12 +157,12 @@ def test_all_large_batches_are_measured_by_the_same_pictures(tmp_path):
     watched.find(tmp_path, batch_size=32)
     assert set(watched.sizes) == {trials.MOST_PICTURES}
     watched.passes.clear()
-    watched.find(tmp_path, batch_size=256)
-    assert not watched.passes
+    found = watched.find(tmp_path, batch_size=256)
+    assert set(watched.passes) == {found}
 
 
 @pytest.mark.parametrize("what", ["threads", "processor", "torch"])
-def test_it_is_measured_again_on_another_machine(what, tmp_path, monkeypatch):
+def test_all_layouts_are_tried_again_on_another_machine(what, tmp_path, monkeypatch):
     watched = Watched()
     watched.find(tmp_path)
     watched.passes.clear()
@@ -179,7 +177,7 @@ def test_it_is_measured_again_on_another_machine(what, tmp_path, monkeypatch):
         watched.find(tmp_path)
     finally:
         torch.set_num_threads(threads)
-    assert watched.passes
+    assert set(watched.passes) == {FIRST, LAST, HALF}
 
 
 def test_another_kind_of_device_of_the_same_machine_is_another_machine():

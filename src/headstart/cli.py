@@ -47,7 +47,8 @@ _AllFlags = _flags(*configs.settings())
 _DataFlags = _flags(*configs.settings("data"), "cache")
 _EvaluateFlags = _flags(*configs.settings("data"), "device", "precision", "cache", "resamples")
 _RankFlags = _flags(
-    *configs.settings("data"), "backbone", "weights", "device", "precision", "cache", "seed", "time_budget"
+    *configs.settings("data"),
+    *("backbone", "weights", "size", "fit", "device", "precision", "cache", "seed", "time_budget"),
 )
 _PredictFlags = _flags("device", "precision")
 Flat = Parameter(name="*")
@@ -276,7 +277,7 @@ def rank(
     terminal.check_place(json)
     with terminal.show_progress() as track:
         ranked = comparison.rank(data, track=track, **_given(settings))
-    print(display.ranking(ranked, comparison.recommend(ranked), display.shown(data)))
+    print(display.ranking(ranked, comparison.recommend(ranked), data, _given(settings)))
     if json is not None:
         terminal.write_json(json, [dataclasses.asdict(entry) for entry in ranked])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 import time
@@ -17,14 +18,16 @@ from numpy.typing import NDArray
 from headstart import backbones, embedders, evidence, metrics, quality, reading, splits, views
 from headstart import config as configs
 from headstart.backbones import Located
-from headstart.config import RunConfig
+from headstart.config import ModelConfig, RunConfig
 from headstart.data import Dataset
+from headstart.errors import BackboneError, HeadstartError
 from headstart.features import Track
-from headstart.loading import BATCH_SIZE
+from headstart.loading import BATCH_SIZE, count_cpus
 from headstart.metrics import Comparison, Estimate
 from headstart.plan import FitHead
 from headstart.training import Data
-from headstart.verdicts import read_time
+from headstart.verdicts import read_time, show_time
+from headstart.zoo import Spec
 
 log = logging.getLogger(__name__)
 
@@ -52,12 +55,17 @@ def rank(data: Data, *, track: Track = lambda pictures, total: pictures, **setti
 
     Each is judged by a logistic regression on its final features, cross-validated on the training pictures; those of
     the report stay closed. Of more than 1,000 pictures a stratified part is looked at. With a `time_budget`, small
-    networks come first, and those are left out for which there is no time; the first one is always measured.
+    networks come first, and those are left out for which there is no time; the first one is always measured. All
+    pictures are opened once before that, as near-duplicates must not part.
 
     Args:
         data: a folder of class folders, an archive, a table, or what `read` gave.
         track: wraps the pictures to show progress; called with them and their number.
-        **settings: single settings by name; `weights` adds a network of the user's.
+        **settings: single settings by name; `backbone` and `weights` add networks of the user's, of several files by
+            commas; `size` and `fit` change how pictures are shown to all.
+
+    Raises:
+        HeadstartError: for networks that the user named and that cannot be used; of others it is logged.
     """
     config, start = configs.resolve(None, settings), time.perf_counter()
     budget = read_time(config.train.time_budget) or math.inf
@@ -72,17 +80,21 @@ def rank(data: Data, *, track: Track = lambda pictures, total: pictures, **setti
     folds = splits.count_folds(fitted, audit.groups, config.train.folds)
     splits.demand_folds(dataset, folds)
     found: list[tuple[Ranked, NDArray[np.bool_], NDArray[np.uint16]]] = []
-    pace = 0.0  # seconds a byte of weights, which grow with the work that they do
-    for located in find_at_hand(config):
-        begun, size = time.perf_counter(), located.file.stat().st_size
-        if found and begun - start + pace * size > budget:
-            log.info("%s: not measured, there is no time left", located.spec.name)
-            continue
+    for located, named in find_at_hand(config):
         log.info("%s:", located.spec.name)
-        ranked, hits, weights = _judge(located, dataset, audit.groups, folds, config, track)
-        own = config.model.weights if located.file == Path(config.model.weights) else ""
-        found.append((dataclasses.replace(ranked, file=own), hits, weights))
-        pace = max(pace, (time.perf_counter() - begun) / size)
+        left = budget - (time.perf_counter() - start) if found else math.inf
+        try:
+            judged = _judge(located, dataset, audit.groups, folds, config, track, left)
+        except HeadstartError as error:
+            if named:
+                raise
+            log.warning("%s: not measured: %s", located.spec.name, error)
+            continue
+        if judged is not None:
+            own = str(located.file) if named and config.model.weights else ""
+            found.append((dataclasses.replace(judged[0], file=own), *judged[1:]))
+    if not found:
+        raise BackboneError("networks", "of those on this machine none can be used", "Name one with --backbone.")
     found.sort(key=lambda entry: entry[0].log_loss)
     best = found[0][1]
 
@@ -108,14 +120,19 @@ def _is_clear(behind: Comparison) -> bool:
     return behind.p_value <= EQUAL and behind.difference.value >= 0
 
 
-def find_at_hand(config: RunConfig) -> list[Located]:
-    """The network of the settings' weights file, then those whose weights are on this machine, the smallest first."""
+def find_at_hand(config: RunConfig) -> list[tuple[Located, bool]]:
+    """(a network, whether the user named it): those of the settings, then those that are here, the smallest first."""
     names = [entry.name for entry in backbones.list_models(detailed=0) if entry.here]
-    located = [backbones.locate(name, fetch=False) for name in names]
-    located.sort(key=lambda network: network.file.stat().st_size)
-    if config.model.weights:
-        located.insert(0, backbones.locate(config.model.backbone, config.model.weights))
-    return located
+    here = [backbones.locate(name, fetch=False) for name in names]
+    here.sort(key=lambda network: network.file.stat().st_size)
+    named, given = [], config.model.weights
+    if given or config.model.backbone != ModelConfig().backbone:
+        files = given.split(",") if not Path(given).exists() else [given]
+        named = [backbones.locate(config.model.backbone, file.strip()) for file in files]
+    known = {located.file for located in named}
+    adapt = functools.partial(Spec.adapted, size=config.model.size, fit=config.model.fit)
+    found = [(located, True) for located in named] + [(located, False) for located in here if located.file not in known]
+    return [(dataclasses.replace(located, spec=adapt(located.spec)), is_named) for located, is_named in found]
 
 
 def _judge(
@@ -125,9 +142,18 @@ def _judge(
     folds: int,
     config: RunConfig,
     track: Track,
-) -> tuple[Ranked, NDArray[np.bool_], NDArray[np.uint16]]:
-    """(a network, (n,) which pictures it was right on, out of fold, how often each is drawn where groups are)."""
+    seconds_left: float,
+) -> tuple[Ranked, NDArray[np.bool_], NDArray[np.uint16]] | None:
+    """(a network, (n,) which pictures it was right on, out of fold, how often each is drawn where groups are).
+
+    None where its way through all pictures would take longer than there is time for.
+    """
     backbone = backbones.load(located)
+    milliseconds = _time(backbone, config)
+    needed = milliseconds / 1e3 * len(dataset.samples) / count_cpus()
+    if needed > seconds_left:
+        log.info("%s: not measured, it would take about %s", located.spec.name, show_time(needed))
+        return None
     view = views.look(dataset, located.spec, lambda: backbone, config, track)
     table = evidence.Table(dataset.samples, dataset, groups, FitHead(KIND, folds), config.train.seed)
     head = table.fit(view.rows(dataset.samples), KIND)
@@ -136,7 +162,7 @@ def _judge(
     weights, grouped = table.draw(head)
     accuracy = metrics.proportion(hits, weights, grouped)
     size = sum(tensor.numel() * tensor.element_size() for tensor in backbone.state_dict().values())
-    return Ranked(located.spec.name, accuracy, best.log_loss, _time(backbone, config), size / 1e6, None), hits, weights
+    return Ranked(located.spec.name, accuracy, best.log_loss, milliseconds, size / 1e6, None), hits, weights
 
 
 def _time(backbone: backbones.Backbone, config: RunConfig) -> float:

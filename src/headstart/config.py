@@ -61,11 +61,17 @@ class ModelConfig:
         "auto", "number format of the network (auto: the fastest one; for training it is timed)"
     )
     device: str = _setting("auto", "auto, cpu, cuda, cuda:N, mps or xpu")
-    size: int = _setting(0, "side of the network's input in pixels (0: its own)", least=0, most=4096)
+    size: int = _setting(
+        0,
+        "side of the network's input in pixels (0: its own, or with strategy auto a larger one by evidence)",
+        least=0,
+        most=4096,
+    )
     fit: Literal["auto", "crop", "pad", "squash", "center"] = _setting(
         "auto",
         "how a picture is brought into that square: its short side resized and the middle cut out, the whole laid on "
-        "grey, pressed into it, or the middle cut out at the picture's own scale (auto: as the weights were trained)",
+        "grey, pressed into it, or the middle cut out at the picture's own scale (auto: as the weights were trained, "
+        "or with strategy auto by evidence)",
     )
     taps: str = _setting(
         "",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, TextIO
 
 if TYPE_CHECKING:
@@ -68,8 +69,15 @@ def planned(plan: Plan) -> str:
     return "\n".join((f"plan: {plan.strategy}: {', then '.join(phases)}", *(f"  {reason}" for reason in plan.reasons)))
 
 
-def ranking(ranked: Sequence[Ranked], chosen: Ranked, data: str) -> str:
-    """Networks, the best first, each with what sets it apart, and the command for the recommended one."""
+def ranking(ranked: Sequence[Ranked], chosen: Ranked, data: str, given: Mapping[str, object]) -> str:
+    """Networks, the best first, each with what sets it apart, and the command for the recommended one.
+
+    Args:
+        ranked: the networks.
+        chosen: the one to recommend.
+        data: the pictures, as they were given.
+        given: the settings that were, by name.
+    """
     width = max(len(entry.name) for entry in ranked)
     lines = []
     for entry in ranked:
@@ -83,8 +91,18 @@ def ranking(ranked: Sequence[Ranked], chosen: Ranked, data: str) -> str:
         if chosen is ranked[0]
         else "no less accurate than the first for all that can be told, and faster"
     )
-    own = f" --weights {shown(chosen.file)}" if chosen.file else ""
-    lines += ["", f"recommended: {chosen.name}, {why}", f"  headstart train {data} --backbone {chosen.name}{own}"]
+    words = [
+        "headstart",
+        "train",
+        data,
+        "--backbone",
+        chosen.name,
+        *(("--weights", chosen.file) if chosen.file else ()),
+    ]
+    for name, value in given.items():
+        if name not in ("backbone", "weights", "time_budget"):
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    lines += ["", f"recommended: {chosen.name}, {why}", f"  {shown(shlex.join(words))}"]
     return "\n".join(lines)
 
 
@@ -112,7 +130,8 @@ def _describe_training(run: Run) -> list[str]:
     provenance = run.classifier.provenance
     heads = provenance["heads"]
     tried = ", ".join(f"{head['kind']} {head['log_loss']:.3f}" for head in heads)
-    if any(head["log_loss"] < heads[0]["log_loss"] for head in heads):
+    competing = {kind for phase in run.plan.phases if phase.phase == "fit_head" for kind in phase.heads}
+    if any(head["log_loss"] < heads[0]["log_loss"] for head in heads if head["kind"] in competing):
         tried += " (the blend is taken unless another clearly leads)"
     lines = [
         f"plan:  {run.plan.strategy}; heads by {phase.folds}-fold log-loss, the first taken: {tried}"

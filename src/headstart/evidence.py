@@ -1,4 +1,6 @@
-"""What features say before anything is trained: which depth and views tell the classes apart, what more would bring.
+"""What features say before anything is trained: which geometry, depth and views tell the classes apart.
+
+Geometry is how a picture is brought into the network's square. What more pictures would bring is said, too.
 
 Everything here is measured by cross-validation on the pictures that heads are fitted on; `report` is not looked at.
 """
@@ -6,6 +8,8 @@ Everything here is measured by cross-validation on the pictures that heads are f
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import json
 import logging
 import math
@@ -15,7 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from headstart import bench, evaluation, fitting, metrics, splits
 from headstart.backbones import Backbone
@@ -23,6 +29,7 @@ from headstart.data import Dataset, Sample
 from headstart.features import key_of
 from headstart.files import write_whole
 from headstart.heads import FittedHead
+from headstart.images import Fit
 from headstart.images import View as ViewName
 from headstart.plan import FitHead
 from headstart.processes import World
@@ -33,8 +40,11 @@ from headstart.verdicts import (
     Curve,
     Evidence,
     Variant,
+    choose_geometry,
     choose_variant,
     choose_views,
+    enlarge,
+    is_little_left,
     list_views,
 )
 from headstart.views import View
@@ -61,6 +71,7 @@ class Depths:
 
     taps: tuple[str, ...]
     widths: tuple[int, ...] = ()
+    larger: int = 0  # side in pixels of a larger input that the network takes; 0: none
 
     @property
     def choices(self) -> tuple[tuple[str, ...], ...]:
@@ -83,17 +94,48 @@ def recall_depths(spec: Spec, load: Callable[[], Backbone], folder: Path | None)
     if file is not None and file.exists():
         try:
             known = json.loads(file.read_text(encoding="utf-8"))
-            return Depths(tuple(known["taps"]), tuple(known["widths"]))
+            return Depths(tuple(known["taps"]), tuple(known["widths"]), int(known["larger"]))
         except (ValueError, LookupError, TypeError) as error:
             log.info("%s cannot be read (%s): it is made again", file, error)
-    depths = Depths(*find_depths(load().network, spec.preprocess.size))
+    network, size = load().network, spec.preprocess.size
+    depths = Depths(*find_depths(network, size), find_larger(network, size))
     if file is not None:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(file, json.dumps({"taps": depths.taps, "widths": depths.widths}).encode())
+            write_whole(file, json.dumps(dataclasses.asdict(depths)).encode())
         except OSError as error:
             log.info("%s cannot be written (%s): the depths will be found again", file, error.strerror)
     return depths
+
+
+def find_larger(network: nn.Module, size: int) -> int:
+    """A larger side of its input, in pixels, that a network takes; 0 where it takes none, as many transformers do."""
+    larger = enlarge(size)
+    example = next(network.parameters(), torch.zeros(0)).new_zeros(1, 3, size, size)
+    try:
+        with torch.no_grad():
+            expected, found = network(example), network(example.new_zeros(1, 3, larger, larger))
+    except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
+        log.info("no input of %d pixels is tried: %s", larger, str(error).split("\n")[0])
+        return 0
+    return larger if found.shape == expected.shape and larger > size else 0
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What is left to be chosen by evidence, beside depths.
+
+    Args:
+        symmetry: what leaves a picture's meaning alone.
+        views: as they are set; auto: those that are found to be best.
+        fits: ways to bring a picture into the network's square, beside its own.
+        larger: side of a larger input in pixels; 0: none.
+    """
+
+    symmetry: str = "mirror"
+    views: str = "auto"
+    fits: tuple[Fit, ...] = ()
+    larger: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +143,7 @@ class Sight:
     """What heads are fitted on.
 
     Args:
-        spec: the network, with the depths and views that were chosen.
+        spec: the network, with the geometry, depths and views that were chosen.
         evidence: why; None where nothing was to be chosen.
         rows: pictures -> their features, (n, dim), or of several views (n, views, dim).
     """
@@ -117,11 +159,10 @@ def gather(
     spec: Spec,
     rows: Look,
     look: Callable[[Spec, Sequence[Sample]], View],
-    symmetry: str,
-    wanted: str = "auto",
+    choices: Choices = Choices(),
     world: World = World(),
 ) -> Sight:
-    """The depths and views that tell the classes of some pictures apart best.
+    """The geometry, depths and views that tell the classes of some pictures apart best.
 
     Of several processes each one measures, as all are needed to look at pictures, and the first one's figures count.
 
@@ -131,10 +172,16 @@ def gather(
         spec: the network with all these taps.
         rows: pictures -> their features at all depths, (n, sum of widths).
         look: (network with a single view, pictures) -> that view of them.
-        symmetry: what leaves a picture's meaning alone.
-        wanted: views, as they are set; auto: those that are found to be best.
+        choices: what is to be chosen beside depths.
         world: this process among others.
     """
+    geometries = weigh_geometries(table, depths.taps, spec, rows, look, choices, world)
+    if geometries:
+        best = choose_geometry(geometries)
+        if best is not geometries[0]:
+            spec = spec.adapted(size=best.size, fit=best.fit)
+            rows = look(spec, table.dataset.samples).rows
+    wanted = choices.views
     variants = world.tell(weigh_depths(table, rows(table.samples), depths))
     chosen = choose_variant(variants)
     columns = depths.columns(chosen.taps)
@@ -153,11 +200,11 @@ def gather(
 
     matrix, common = plain(table.samples), table.common()
     most = ROOM_BYTES // (matrix.itemsize * len(matrix) * (matrix.shape[1] + len(table.dataset.classes)))
-    sets = list_views(chosen, symmetry, common, most) if wanted == "auto" else ()
+    sets = list_views(chosen, choices.symmetry, common, most) if wanted == "auto" else ()
     if most < LARGEST_SET and wanted == "auto":
         log.info("views: there is memory for the features of %d at most", max(1, most))
-    weighed = weigh_views(table, see, sets, chosen.taps)
-    found = world.tell(Evidence(variants, weighed, draw_curve(table, matrix, chosen), common))
+    weighed = weigh_views(table, see, sets, chosen.taps, world)
+    found = world.tell(Evidence(variants, weighed, draw_curve(table, matrix, chosen), common, geometries))
     views = choose_views(found.views, wanted)
 
     def stack(samples: Sequence[Sample]) -> NDArray[np.float32]:
@@ -237,6 +284,50 @@ class Table:
         return dataclasses.replace(self, samples=some), np.flatnonzero(chosen)
 
 
+def weigh_geometries(
+    table: Table,
+    taps: Sequence[str],
+    spec: Spec,
+    rows: Look,
+    look: Callable[[Spec, Sequence[Sample]], View],
+    choices: Choices,
+    world: World,
+) -> tuple[Variant, ...]:
+    """The network's own geometry and others, on a part of the pictures; nothing where there are no others to try.
+
+    Fits are compared at the network's own size, and the best one at a larger size.
+
+    Args:
+        table: the pictures.
+        taps: what features are of.
+        spec: the network.
+        rows: pictures -> their features by the network's own geometry, (n, dim).
+        look: (network, pictures) -> its view of them.
+        choices: the geometries to try.
+        world: this process among others, which have to try the same.
+    """
+    some, _ = table.part(VIEWED)
+    own = spec.preprocess
+
+    def judge(fit: Fit, size: int) -> Variant:
+        there = (fit, size) == (own.fit, own.size)
+        seen = rows if there else look(spec.adapted(size=size, fit=fit), some.samples).rows
+        found = some.describe(some.fit(seen(some.samples), some.judge), taps, ("plain",))
+        return dataclasses.replace(found, fit=fit, size=size)
+
+    if not choices.fits and not choices.larger:
+        return ()
+    found: list[Variant] = world.tell([judge(own.fit, own.size)])
+    if is_little_left(found[0], table.common()):
+        return ()
+    found = world.tell([*found, *(judge(fit, own.size) for fit in choices.fits)])
+    if choices.larger:
+        fit = choose_geometry(found).fit
+        assert fit
+        found = world.tell([*found, judge(fit, choices.larger)])
+    return tuple(found)
+
+
 def weigh_depths(table: Table, matrix: NDArray[np.float32], depths: Depths) -> tuple[Variant, ...]:
     """Each depth by itself, and all together, best first.
 
@@ -258,23 +349,33 @@ def weigh_views(
     see: Callable[[Sequence[Sample], ViewName], NDArray[np.float32]],
     sets: Sequence[tuple[ViewName, ...]],
     taps: Sequence[str],
+    world: World = World(),
 ) -> tuple[Variant, ...]:
     """The plain view and sets of views on a part of the pictures; nothing without sets.
+
+    A larger set is tried only where each smaller one is worth its passes.
 
     Args:
         table: the pictures.
         see: gives the features of a view of pictures, (m, dim).
-        sets: the views to try.
+        sets: the views to try, the smaller sets first.
         taps: what the features are of.
+        world: this process among others, which have to try the same.
     """
     if not sets:
         return ()
     some, _ = table.part(VIEWED)
-    seen = {view: see(some.samples, view) for view in dict.fromkeys(view for views in sets for view in views)}
-    found = []
-    for views in (("plain",), *sets):
-        rows = seen["plain"] if len(views) == 1 else np.stack([seen[view] for view in views], 1)
-        found.append(some.describe(some.fit(rows, some.judge), taps, views))
+    look = functools.cache(lambda view: see(some.samples, view))
+
+    def judge(views: tuple[ViewName, ...]) -> Variant:
+        rows = look("plain") if len(views) == 1 else np.stack([look(view) for view in views], 1)
+        return some.describe(some.fit(rows, some.judge), taps, views)
+
+    found: list[Variant] = world.tell([judge(("plain",))])
+    for _, equal in itertools.groupby(sets, key=len):
+        if any(choose_views((found[0], smaller), "auto") != smaller.views for smaller in found[1:]):
+            break
+        found = world.tell([*found, *map(judge, equal)])
     return tuple(found)
 
 

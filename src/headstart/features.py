@@ -64,6 +64,12 @@ class Survey:
     unreadable: dict[str, str]
     seconds: dict[str, float]  # network: building it; decode, forward: summed over threads
 
+    @property
+    def ratio(self) -> float:
+        """Of the longer side to the shorter one, of the picture that is farthest from a square; 1 without pictures."""
+        wide, high = (self.facts[name].astype(float) for name in ("width", "height"))
+        return float(np.max(np.maximum(wide / high, high / wide), initial=1.0))
+
 
 def key_of(spec: Spec) -> str:
     """What features of a network are kept under, together with the number format and the kind of device."""

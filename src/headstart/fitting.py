@@ -41,7 +41,7 @@ from headstart.checkpoints import Checkpoint
 from headstart.config import RunConfig
 from headstart.data import Dataset, Sample
 from headstart.engine import Adapted
-from headstart.errors import UsageError
+from headstart.errors import DataError, DivergedError, UsageError
 from headstart.heads import FittedHead
 from headstart.history import open_history, summarise
 from headstart.images import Limits, View
@@ -64,7 +64,16 @@ def fit_heads(
     phase: FitHead,
     seed: int,
 ) -> FittedHead:
-    """The best head on the features (n, dim) of some pictures, chosen by cross-validation."""
+    """The best head on the features (n, dim) or (n, views, dim) of some pictures, chosen by cross-validation.
+
+    Raises:
+        DataError: where a picture has features that are no numbers.
+    """
+    finite = np.isfinite(matrix.reshape(len(matrix), -1).sum(1))
+    if not finite.all():
+        source = fitted[int(np.argmin(finite))].source
+        why = f"the features of {len(finite) - finite.sum()} pictures are no finite numbers, of {source!r} first"
+        raise DataError(dataset.root, why, "Give --precision float32, or take these pictures out.")
     views = matrix.shape[1] if matrix.ndim == 3 else 1
     chosen = splits.draw_enough(fitted, groups, heads.TUNING_ROWS // views, seed + 1)
     drawn = [sample for sample, is_chosen in zip(fitted, chosen, strict=True) if is_chosen]
@@ -228,7 +237,8 @@ def measure_pace(bench: Bench, phase: Train, config: RunConfig, folder: Path) ->
     supply = bench.time_supply(phase)
     if bench.device.type != "cpu":  # pictures are made ready while the device computes
         supply = max(0.0, supply - pace.seconds)
-    return dataclasses.replace(pace, name=phase.name, look_seconds=bench.look_seconds, supply_seconds=supply)
+    keeps, look = activations is not None or not settings.cached_views, bench.look_seconds
+    return dataclasses.replace(pace, name=phase.name, look_seconds=look, supply_seconds=supply, keeps=keeps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -262,6 +272,9 @@ def train_arm(
         bench: what phases work on.
         head: that training starts from, but where it starts from random weights.
         track: as for `train_phases`.
+
+    Raises:
+        DivergedError: where its loss is not finite any more, or was not before the run was interrupted.
     """
     phase, file = chosen.phases[number], folder.path / TRAINED.format(number)
     assert isinstance(phase, Train)
@@ -269,18 +282,30 @@ def train_arm(
     bench.world.wait()  # until the first process has written what came before
     known, described = checkpoints.recall(file), json.loads(json.dumps(dataclasses.asdict(phase)))
     if known is not None and known.facts["phase"] == described:
+        if "diverged" in known.facts:
+            raise DivergedError(*known.facts["diverged"])
         adapted = bench.begin(phase, head)
         weights.put(adapted, known.tensors)
         return Trained(adapted, chosen, known.facts["training"])
-    trained = train_phases(folder, chosen, bench, head, track, [number])
+    try:
+        trained = train_phases(folder, chosen, bench, head, track, [number])
+    except DivergedError as error:  # what comes next writes its checkpoints over this one's
+        why = [str(error.subject), error.why, error.remedy]
+        _keep_arm(folder, bench, number, Checkpoint({}, {"phase": described, "diverged": why}))
+        raise
     facts = [facts for facts in trained.facts if facts["phase"] == number]
-    bench.world.wait()  # until all have what they read of the folder
-    if folder.writes:
-        state = trained.adapted.state_dict()
-        checkpoints.keep(file, Checkpoint(state, {"phase": described, "training": facts}))
-        for activations in folder.path.glob(f"activations-{number}-*.npy"):
-            activations.unlink()  # up to gigabytes, and of no use any more
+    _keep_arm(folder, bench, number, Checkpoint(trained.adapted.state_dict(), {"phase": described, "training": facts}))
     return dataclasses.replace(trained, facts=facts)
+
+
+def _keep_arm(folder: RunFolder, bench: Bench, number: int, ended: Checkpoint) -> None:
+    """Keep what a training phase came to."""
+    bench.world.wait()  # until all have what they read of the folder
+    if not folder.writes:
+        return
+    checkpoints.keep(folder.path / TRAINED.format(number), ended)
+    for activations in folder.path.glob(f"activations-{number}-*.npy"):
+        activations.unlink()  # up to gigabytes, and of no use any more
 
 
 def train_phases(

@@ -7,6 +7,7 @@ class means and the blend, which is the average of the first and the last one's 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -110,6 +111,40 @@ class FittedHead:
 
 
 @dataclass(frozen=True, eq=False)
+class _Moments:
+    """Classes as some pictures show them."""
+
+    counts: Tensor  # (classes,) pictures
+    means: Tensor  # (classes, dim), 0 without pictures
+    covariance: Tensor  # (dim, dim), within classes
+
+
+@dataclass(frozen=True, eq=False)
+class _Sums:
+    """Sums over pictures, from which moments follow: those of a part can be taken away again."""
+
+    counts: Tensor  # (classes,)
+    sums: Tensor  # (classes, dim)
+    squares: Tensor  # (dim, dim)
+
+    @staticmethod
+    def of(x: Tensor, y: Tensor, classes: int) -> _Sums:
+        """The sums of features (n, dim) and class numbers (n,)."""
+        sums = torch.zeros(classes, x.shape[1]).index_add_(0, y, x)
+        return _Sums(torch.bincount(y, minlength=classes), sums, x.T @ x)
+
+    def plus(self, other: _Sums, sign: int = 1) -> _Sums:
+        """These sums with others', or without them where the sign is -1."""
+        squares = self.squares.add(other.squares, alpha=sign)
+        return _Sums(self.counts + sign * other.counts, self.sums.add(other.sums, alpha=sign), squares)
+
+    def moments(self) -> _Moments:
+        means = self.sums / self.counts.clamp_min(1)[:, None]
+        covariance = (self.squares - means.T @ self.sums) / self.counts.sum()
+        return _Moments(self.counts, means, covariance)
+
+
+@dataclass(frozen=True, eq=False)
 class _Problem:
     """Scaled features, targets and folds.
 
@@ -135,6 +170,19 @@ class _Problem:
     def trains(self) -> Tensor:
         """(n, folds + 1): True where a picture is fitted on."""
         return self.fold[:, None] != torch.arange(self.folds + 1)
+
+    @functools.cached_property
+    def moments(self) -> list[_Moments]:
+        """What class means are made of: for the training pictures of each fold, and for all pictures."""
+        held_out = [
+            _Sums.of(self.x[rows], self.y[rows], self.classes)
+            for rows in self.fold == torch.arange(self.folds)[:, None]
+        ]
+        never = self.fold < 0
+        total = _Sums.of(self.x[never], self.y[never], self.classes)
+        for part in held_out:
+            total = total.plus(part)
+        return [*(total.plus(part, -1).moments() for part in held_out), total.moments()]
 
     def held_out(self, logits: Tensor) -> NDArray[np.float32]:
         """Of logits (n, folds + 1, classes), each picture's from the fold that has not seen it, mean over its views."""
@@ -302,23 +350,21 @@ def _minimise(problem: _Problem, loss: convex.Loss, strength: float, start: Tens
 def _solve_means(problem: _Problem, strength: float, start: Tensor | None = None) -> Tensor:
     """Class means compared under the covariance within classes, shrunk by `strength` towards a multiple of one.
 
-    Strength 1 is the nearest class mean; near 0, linear discriminant analysis with equal priors (Friedman, 1989).
+    Strength 1 is the nearest class mean; near 0, linear discriminant analysis (Friedman, 1989). Classes are as likely
+    as they were frequent: no temperature could mend equal priors where one class is rare.
     """
     weights = torch.zeros(problem.x.shape[1] + 1, problem.folds + 1, problem.classes)
-    for part, trained in enumerate(problem.trains().T):
-        x, y = problem.x[trained], problem.y[trained]  # copies
-        counts = torch.bincount(y, minlength=problem.classes)
-        means = torch.zeros(problem.classes, x.shape[1]).index_add_(0, y, x) / counts.clamp_min(1)[:, None]
-        x.sub_(means[y])
-        covariance = x.T @ x / len(x)
-        level = covariance.diagonal().sum() / (problem.dim or x.shape[1])
+    for part, moments in enumerate(problem.moments):
+        level = moments.covariance.diagonal().sum() / (problem.dim or problem.x.shape[1])
         if level < 1e-6:  # one picture a class: nothing is known of how classes vary
             level = torch.ones(())
-        covariance.mul_(1 - strength).diagonal().add_(strength * level)
-        solved = torch.linalg.solve(covariance, means.T)
+        covariance = moments.covariance * (1 - strength)
+        covariance.diagonal().add_(strength * level)
+        solved = torch.linalg.solve(covariance, moments.means.T)
         weights[:-1, part] = solved
-        bias = -0.5 * (means.T * solved).sum(0)
-        weights[-1, part] = torch.where(counts > 0, bias, bias.min())  # as far off as the farthest
+        bias = -0.5 * (moments.means.T * solved).sum(0) + (moments.counts / moments.counts.sum()).log()
+        known = moments.counts > 0
+        weights[-1, part] = torch.where(known, bias, bias[known].min())  # as far off as the farthest
     return weights
 
 

@@ -62,7 +62,8 @@ def _find_depths(located: Located, load: Callable[[], Backbone], config: RunConf
     from headstart import evidence
 
     if config.model.taps.strip():
-        return evidence.Depths(strategies.read_taps(config) or (FINAL,))
+        larger = evidence.find_larger(load().network, located.spec.preprocess.size)
+        return evidence.Depths(strategies.read_taps(config) or (FINAL,), larger=larger)
     chosen = config.train.cache
     folder = configs.cache_folder() if chosen == "auto" else Path(chosen)
     return evidence.recall_depths(located.spec, load, None if chosen == "none" else folder / "depths")

@@ -80,7 +80,7 @@ def settle(
         if isinstance(part, FitHead):
             splits.demand_folds(bench.dataset, part.folds)
     folder.write_json("plan.json", chosen.to_json())
-    return chosen, head
+    return chosen, head if chosen.chooses else None  # where nothing is trained, it is fitted on `select` too
 
 
 def fit_head(bench: Bench, samples: Sequence[Sample], groups: Mapping[str, str], phase: FitHead) -> FittedHead:
@@ -214,6 +214,7 @@ def compete(
             why = f"{find_training(chosen, number).name}: given up, {error.subject}: {error.why}"
             log.warning(why)
             chosen = dataclasses.replace(chosen, reasons=(*chosen.reasons, why))
+            spare = 0.0
             continue
         arms += weigh(bench, chosen, number, start, trainings[number].adapted)
         (facts,) = trainings[number].facts

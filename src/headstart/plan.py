@@ -33,6 +33,7 @@ from headstart.verdicts import (
     Outlook,
     can_gain,
     choose_epochs,
+    choose_geometry,
     choose_length,
     choose_variant,
     choose_views,
@@ -44,7 +45,7 @@ from headstart.verdicts import (
 )
 
 if TYPE_CHECKING:
-    from headstart.images import View
+    from headstart.images import Fit, View
 
 HEADS = ("logistic", "svm", "means", "blend", "knn")
 LINEAR_HEADS = tuple(kind for kind in HEADS if kind != "knn")
@@ -76,6 +77,7 @@ class Pace:
     name: str = ""  # of what is trained
     look_seconds: float = 0.0  # of a picture's way through the network when a model is measured; 0: not needed
     supply_seconds: float = 0.0  # in which a picture is opened, where memory does not keep it, and varied
+    keeps: bool = True  # whether there is room for activations, where a frozen prefix is to run once
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,8 @@ class Situation:
     timing: Timing = Timing()
     evidence: Evidence | None = None  # where it was gathered
     report: int = 0  # of the role `report`
+    fit: Fit = "crop"  # how pictures are brought into the network's square, unless evidence finds better
+    size: int = 224  # of that square's side, in pixels
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,8 @@ class FitHead:
     folds: int
     taps: tuple[str, ...] = (FINAL,)  # depths that the features are of
     views: tuple[View, ...] = ("plain",)
+    fit: Fit = "crop"  # how pictures are brought into the network's square
+    size: int = 224  # of that square's side, in pixels
     phase: Literal["fit_head"] = "fit_head"
 
 
@@ -165,6 +171,7 @@ class Plan:
     phases: tuple[Phase, ...]
     reasons: tuple[str, ...]
     timing: Timing = Timing()
+    evidence: Evidence | None = None  # that it was made from
 
     @property
     def unmeasured(self) -> Train | None:
@@ -215,13 +222,17 @@ def decide(situation: Situation, config: RunConfig) -> Plan:
     reasons.append(f"{s.precision} on {s.device}: {why}")
     if config.model.views != "auto":
         reasons.append(f"views {config.model.views}: as set")
-    return Plan(strategy, s.device, s.precision, tuple(phases), tuple(reasons), s.timing)
+    return Plan(strategy, s.device, s.precision, tuple(phases), tuple(reasons), s.timing, s.evidence)
 
 
 def _plan_head(s: Situation, config: RunConfig, linear: bool, reasons: list[str]) -> FitHead:
     taps, views = read_taps(config) or (FINAL,), ("plain",) if trains(config) else read_views(config)
+    fit, size = s.fit, s.size
     said: list[str] = []
     if s.evidence is not None:
+        if s.evidence.geometries:
+            best = choose_geometry(s.evidence.geometries)
+            fit, size = best.fit or fit, best.size
         taps = choose_variant(s.evidence.variants).taps
         views = choose_views(s.evidence.views, config.model.views)
         said = describe_evidence(s.evidence)
@@ -232,7 +243,7 @@ def _plan_head(s: Situation, config: RunConfig, linear: bool, reasons: list[str]
         cause = f"the smallest class has {s.smallest_class}" if s.smallest_class <= s.folds else "groups allow no more"
         reasons.append(f"{s.folds} folds instead of {config.train.folds}: {cause}")
     reasons += said
-    return FitHead(heads, s.folds, taps, views)
+    return FitHead(heads, s.folds, taps, views, fit, size)
 
 
 def _choose_heads(
@@ -366,7 +377,8 @@ def _allot(
 def _foresee(s: Situation, phase: Train, last: Choose, pace: Pace, left: float) -> Outlook:
     """What a training would take; where activations are kept, pictures are opened and looked at once for each view."""
     views, shares = {view for views in last.views for view in views}, len(last.shares)
-    kept, step, look, supply = phase.settings.cached_views, pace.seconds, pace.look_seconds, pace.supply_seconds
+    kept, step = phase.settings.cached_views if pace.keeps else 0, pace.seconds
+    look, supply = pace.look_seconds, pace.supply_seconds
     supply_each = 0.0 if kept else supply
     judged = s.select * (look + supply_each)
     weighed = s.select * (shares if phase.start == "pretrained" else 1) * (supply + len(views) * look)

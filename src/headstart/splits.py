@@ -6,9 +6,10 @@ import csv
 import dataclasses
 import hashlib
 import io
+import os
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from headstart.data import Dataset, Role, Sample, Task
@@ -145,8 +146,10 @@ def _deal(
     hash of seed and name, so neither the file system's order nor a random generator's version matters.
     """
     units: defaultdict[str, list[int]] = defaultdict(list)
+    name_of = _find_names(samples)
     for index, sample in enumerate(samples):
-        units[groups.get(sample.source, "\0" + sample.source)].append(index)
+        group = groups.get(sample.source)
+        units["\0" + name_of(sample.source) if group is None else name_of(group)].append(index)
     order = sorted(units, key=lambda name: hashlib.sha256(f"{seed}\0{name}".encode("utf-8", "surrogatepass")).digest())
     contents = {name: Counter(label for i in units[name] for label in samples[i].labels or ("",)) for name in order}
     totals: Counter[str] = Counter()
@@ -181,6 +184,20 @@ def _deal(
                 holds[other][part] += count
                 left[other] -= 1
     return parts
+
+
+def _find_names(samples: Sequence[Sample]) -> Callable[[str], str]:
+    """A function from sources to names that tell them apart wherever they lie.
+
+    Sources outside the data set's folder are absolute; what is common to their paths says nothing.
+    """
+    outside = [os.path.dirname(sample.source) for sample in samples if os.path.isabs(sample.source)]
+    shared = os.path.commonpath(outside) if outside else ""
+
+    def name(source: str) -> str:
+        return os.path.relpath(source, shared).replace(os.sep, "/") if shared and os.path.isabs(source) else source
+
+    return name
 
 
 def _reserve(lacks: dict[str, list[float]], contents: Mapping[str, Counter[str]]) -> None:

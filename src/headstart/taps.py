@@ -21,8 +21,8 @@ CHANNELS_LAST = "torchvision.models.swin_transformer"  # where networks do not s
 class Tapped(nn.Module):
     """A network whose features are the pooled outputs of some of its blocks, side by side: (n, sum of widths).
 
-    Maps (n, channels, height, width) are averaged over places, tokens (n, tokens, channels) over tokens. Several
-    threads may run it at once, so what its hooks catch is kept by thread.
+    Maps are averaged over places, tokens (n, tokens, channels) over tokens, see `pool`. Several threads may run it at
+    once, so what its hooks catch is kept by thread.
 
     Args:
         inner: pictures (n, 3, size, size) -> features (n, dim); in evaluation mode.
@@ -30,7 +30,7 @@ class Tapped(nn.Module):
         size: side of its input in pixels.
 
     Raises:
-        UsageError: for a name that no block has.
+        UsageError: for a name that no block has; in `look`, for a block that gives no tensor of features.
     """
 
     def __init__(self, inner: nn.Module, taps: Sequence[str], size: int) -> None:
@@ -58,7 +58,20 @@ class Tapped(nn.Module):
         caught = self._caught[threading.get_ident()] = {}
         try:
             caught[FINAL] = self.inner(pictures)
+            for tap in self.taps:
+                if not can_pool(caught.get(tap)):
+                    why = f"{tap!r} gives no tensor of features when the network runs"
+                    raise UsageError("taps", why, "Name another block.")
             return [pool(caught[tap], self._last) for tap in self.taps]
+        finally:
+            del self._caught[threading.get_ident()]
+
+    def list_usable(self, pictures: Tensor) -> tuple[str, ...]:
+        """The taps that give features; several scales at once, or a block that is passed by, give none."""
+        caught = self._caught[threading.get_ident()] = {}
+        try:
+            caught[FINAL] = self.inner(pictures)
+            return tuple(tap for tap in self.taps if can_pool(caught.get(tap)))
         finally:
             del self._caught[threading.get_ident()]
 
@@ -66,15 +79,18 @@ class Tapped(nn.Module):
 def find_depths(network: nn.Module, size: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """(taps worth a look, their widths): blocks at half, two thirds and five sixths of the depth, and `final`.
 
+    Only blocks that give a tensor of features count: the scales of some networks run beside each other.
+
     Args:
         network: pictures (n, 3, size, size) -> features (n, dim), without taps; in evaluation mode.
         size: side of its input in pixels.
     """
     names = [block.name for block in find_blocks(network, size)][:-1]  # the last one's mean often is `final` itself
-    chosen = dict.fromkeys(names[len(names) * part // 6] for part in (3, 4, 5)) if names else {}
     example = next(network.parameters(), torch.zeros(0)).new_zeros(1, 3, size, size)
-    tapped = Tapped(copy.deepcopy(network), (*chosen, FINAL), size)
     with torch.no_grad():
+        names = list(Tapped(copy.deepcopy(network), names, size).list_usable(example))
+        chosen = dict.fromkeys(names[len(names) * part // 6] for part in (3, 4, 5)) if names else {}
+        tapped = Tapped(copy.deepcopy(network), (*chosen, FINAL), size)
         return tapped.taps, tuple(pooled.shape[1] for pooled in tapped.look(example))
 
 
@@ -117,8 +133,22 @@ class _Catch:
             self._caught[threading.get_ident()][self._tap] = output
 
 
+def can_pool(output: object) -> bool:
+    """Whether a block's output is a tensor that `pool` knows: (n, channels), tokens or maps."""
+    return isinstance(output, Tensor) and output.is_floating_point() and 2 <= output.ndim <= 4
+
+
 def pool(output: Tensor, channels_last: bool = False) -> Tensor:
-    """The mean (n, channels) over places or tokens of a block's output; what is flat already stays as it is."""
+    """The mean (n, channels) over places or tokens of a block's output; what is flat already stays as it is.
+
+    Pictures are square, so of a map's sides the two that are equal are its places.
+
+    Args:
+        output: (n, channels), tokens (n, tokens, channels), maps (n, channels, h, h) or (n, h, h, channels).
+        channels_last: which of the two a map is, where it has as many channels as places in a row.
+    """
     if output.ndim == 4:
-        return output.mean((1, 2) if channels_last else (2, 3))
+        _, first, second, third = map(int, output.shape)
+        places_first = channels_last if first == third else first == second
+        return output.mean((1, 2) if places_first else (2, 3))
     return output.mean(1) if output.ndim == 3 else output

@@ -46,7 +46,7 @@ from headstart.plan import FitHead, Plan, Situation
 from headstart.processes import World
 from headstart.quality import Audit
 from headstart.runs import RunFolder
-from headstart.verdicts import LEAST_SELECT
+from headstart.verdicts import LEAST_SELECT, list_fits
 from headstart.views import View
 from headstart.zoo import Spec
 
@@ -150,7 +150,7 @@ def _conduct(
         sight.rows(dataset.samples)  # computed before it is asked how much time is left
     clock.mark("evidence")
     bench = _set_up(dataset, network, view, sight, config, world)
-    situation = dataclasses.replace(_situate(dataset, audit, config, view), evidence=sight.evidence)
+    situation = dataclasses.replace(_situate(dataset, audit, config, network, view), evidence=sight.evidence)
     chosen, head = phases.settle(folder, bench, situation, config, audit.groups, clock)
     folder.write_json("audit.json", audit.to_json())
     folder.write_text("split.csv", splits.to_csv(dataset))
@@ -367,26 +367,30 @@ def _weigh(
     track: Track,
     world: World,
 ) -> Sight:
-    """The depths and views that heads are fitted on: chosen by evidence, or as the settings say."""
-    from headstart import evidence
+    """The geometry, depths and views that heads are fitted on: chosen by evidence, or as the settings say."""
+    from headstart import embedders, evidence
 
     if network.depths is None:
         seen = len(network.spec.views)
         stack = view.rows if seen == 1 else lambda samples: view.rows(samples).reshape(len(samples), seen, -1)
         return evidence.Sight(network.spec, None, stack)
-    phase = plan.decide(_situate(dataset, audit, config, view), config).phases[0]
+    phase = plan.decide(_situate(dataset, audit, config, network, view), config).phases[0]
     assert isinstance(phase, FitHead)
     splits.demand_folds(dataset, phase.folds)
     fitted = dataset.of_role("fit", "select")
     table = evidence.Table(fitted, dataset, audit.groups, phase, config.train.seed)
+    workshop = embedders.Workshop()
 
     def look(spec: Spec, samples: Sequence[Sample]) -> View:
         backbone = Backbone(spec, network.load().state_dict())
         part, spare = dataset.with_samples(samples), folder.path / SPARE
-        return views.look(part, spec, lambda: backbone, config, track, spare, world=world)
+        return views.look(part, spec, lambda: backbone, config, track, spare, world=world, prepare=workshop.prepare)
 
-    wanted = config.engine.symmetry, config.model.views
-    return evidence.gather(table, network.depths, network.spec, view.rows, look, *wanted, world)
+    own, ratio = network.spec.preprocess.fit, view.survey.ratio
+    fits = list_fits(own, ratio) if config.model.fit == "auto" else ()
+    larger = 0 if config.model.size else network.depths.larger
+    choices = evidence.Choices(config.engine.symmetry, config.model.views, fits, larger)
+    return evidence.gather(table, network.depths, network.spec, view.rows, look, choices, world)
 
 
 def _set_up(dataset: Dataset, network: Network, view: View, sight: Sight, config: RunConfig, world: World) -> Bench:
@@ -408,7 +412,7 @@ def _set_up(dataset: Dataset, network: Network, view: View, sight: Sight, config
     )
 
 
-def _situate(dataset: Dataset, audit: Audit, config: RunConfig, view: View) -> Situation:
+def _situate(dataset: Dataset, audit: Audit, config: RunConfig, network: Network, view: View) -> Situation:
     """The facts that a plan is made from."""
     trains = strategies.trains(config)
     fitted = dataset.of_role("fit") if trains else dataset.of_role("fit", "select")
@@ -422,6 +426,8 @@ def _situate(dataset: Dataset, audit: Audit, config: RunConfig, view: View) -> S
         view.device,
         view.precision,
         report=len(dataset.of_role("report")),
+        fit=network.spec.preprocess.fit,
+        size=network.spec.preprocess.size,
     )
 
 

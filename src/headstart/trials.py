@@ -50,7 +50,7 @@ def find_pace(
     cache: Path | None,
     activations: NDArray[np.float16] | None = None,
 ) -> Pace:
-    """The layout in which a training step is fastest, timed once per network, settings and machine.
+    """The layout in which a training step is fastest, found once per network, settings and machine, and its pace now.
 
     Neither bfloat16 nor channels-last is fastest everywhere: depthwise convolutions, for one, have slow backward passes
     in bfloat16.
@@ -63,13 +63,14 @@ def find_pace(
         task: one label a picture, or several.
         precision: `auto`, or the only one to be considered.
         name: of the network, for the cache.
-        cache: folder where answers are kept; None: nowhere.
+        cache: folder where layouts are kept; None: nowhere. How fast one is, is timed each time: the machine may have
+            had other things to do.
         activations: what stands for each picture where the first blocks do not run, (...); None: pixels.
     """
     device = next(model.parameters()).device
     batch = min(settings.batch_size, MOST_PICTURES)
     settings = dataclasses.replace(settings, batch_size=batch, accumulate=1, sampling="plain", ema=0.0)
-    file = None
+    file, layouts = None, _candidates(device, precision)
     if cache is not None:
         side = preprocess.size if activations is None else activations.shape
         trained = settings.freeze, settings.rates, settings.batch_norm, settings.optimizer
@@ -78,12 +79,12 @@ def find_pace(
         file = cache / f"layout-{key}.json"
         known = _recall(file)
         if known is not None:
-            log.info("training in %s, the fastest when steps were timed", known.layout)
-            return known
+            log.info("training in %s, the fastest when all were timed", known)
+            layouts = [known]
     shown, normalise = _imagine(preprocess) if activations is None else (activations, Tensor.float)
     seconds: dict[Layout, float] = {}
     with kept_memory():
-        for layout in _candidates(device, precision):
+        for layout in layouts:
             seconds[layout] = _time_steps(copy.deepcopy(model), blocks, settings, layout, shown, normalise, task)
     best = min(seconds, key=seconds.__getitem__)
     if math.isinf(seconds[best]):
@@ -91,25 +92,24 @@ def find_pace(
         raise TrainingError(name, why, "Give a smaller --batch-size, or another --precision or --device.")
     speeds = "; ".join(f"{layout}: {batch / taken:.1f}" for layout, taken in seconds.items())
     log.info("training steps timed, pictures a second: %s", speeds)
-    pace = Pace(best, seconds[best] / batch)
-    if file is not None:
+    if file is not None and not file.exists():
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(file, json.dumps({**dataclasses.asdict(best), "seconds": pace.seconds}).encode())
+            write_whole(file, json.dumps(dataclasses.asdict(best)).encode())
         except OSError as error:
             log.info("%s cannot be written (%s): the steps will be timed again", file, error.strerror)
-    return pace
+    return Pace(best, seconds[best] / batch)
 
 
-def _recall(file: Path) -> Pace | None:
-    """The answer in a file; None where there is none, or it cannot be read."""
+def _recall(file: Path) -> Layout | None:
+    """The layout in a file; None where there is none, or it cannot be read."""
     if not file.exists():
         return None
     try:
-        known = json.loads(file.read_text(encoding="utf-8"))
-        return Pace(seconds=float(known.pop("seconds")), layout=Layout(**known))
-    except (ValueError, TypeError, LookupError, AttributeError, OSError) as error:
+        return Layout(**json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, OSError) as error:
         log.info("%s cannot be read (%s): the steps are timed again", file, error)
+        file.unlink(missing_ok=True)
         return None
 
 

@@ -6,16 +6,18 @@ import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from headstart.errors import UsageError
 
 if TYPE_CHECKING:
-    from headstart.images import View
+    from headstart.images import Fit, View
 
 FINAL = "final"  # the network's own features, among those of several depths
 # The cheaper of two variants is taken unless the other's log-loss is lower by more than this share.
-WORTH_DEPTH, WORTH_VIEWS = 0.01, 0.02
+WORTH_DEPTH, WORTH_VIEWS, WORTH_GEOMETRY = 0.01, 0.02, 0.02
+LARGER = 1.3  # times a network's own side: what it does best at, mostly, without training (Touvron et al., 2019)
+SQUARE = 1.02  # sides whose ratio is less count as equal
 # Neither other views nor training further are tried where the error by cross-validation is less than this share of
 # what always saying the most frequent class gives: half of a hundredth for two equal classes.
 LITTLE = 0.02
@@ -48,6 +50,8 @@ class Variant:
     low: float
     high: float
     pictures: int
+    fit: Fit | Literal[""] = ""  # how pictures are brought into the network's square, of so many pixels a side; "" and
+    size: int = 0  # 0: where that was not compared
 
     def __str__(self) -> str:
         where = "the final features" if self.taps == (FINAL,) else " + ".join(self.taps)
@@ -73,6 +77,7 @@ class Evidence:
     views: tuple[Variant, ...]  # by views, the plain one first; none where no others were tried
     curve: Curve | None
     common: float = 0.0  # accuracy of always saying the most frequent class; 0 with several labels a picture
+    geometries: tuple[Variant, ...] = ()  # by fit and size, the network's own first; none where no others were tried
 
     @property
     def distance(self) -> float | None:
@@ -96,6 +101,32 @@ def choose_variant(variants: Sequence[Variant]) -> Variant:
     every = max(variants, key=lambda variant: len(variant.taps))
     final = next((variant for variant in variants if variant.taps == (FINAL,)), every)
     return final if final.log_loss <= every.log_loss * (1 + WORTH_DEPTH) else every
+
+
+def choose_geometry(found: Sequence[Variant]) -> Variant:
+    """How pictures are brought into the network's square: its own way, the first, but for what others gain."""
+    held = found[0]
+    for size in sorted({variant.size for variant in found}):
+        best = min((one for one in found if one.size == size), key=lambda variant: variant.log_loss)
+        if best.log_loss < held.log_loss * (1 - WORTH_GEOMETRY):
+            held = best
+    return held
+
+
+def list_fits(own: Fit, ratio: float) -> tuple[Fit, ...]:
+    """How else pictures may be brought into a square: all of each is shown, pressed into it or laid on grey.
+
+    Args:
+        own: the network's own way.
+        ratio: of the longer side to the shorter one, of the picture that is farthest from a square.
+    """
+    fits: tuple[Fit, ...] = ("squash",) if ratio < SQUARE else ("squash", "pad")
+    return tuple(fit for fit in fits if fit != own)
+
+
+def enlarge(size: int) -> int:
+    """The larger side of a network's input that is tried, in pixels: a multiple of 32, as many networks need."""
+    return round(LARGER * size / 32) * 32
 
 
 def choose_views(found: Sequence[Variant], wanted: str) -> tuple[View, ...]:
@@ -130,7 +161,12 @@ def show_views(views: Sequence[View]) -> str:
 
 def describe_evidence(evidence: Evidence) -> list[str]:
     """What was found, in words and numbers."""
-    lines = [f"{variant}, log-loss {variant.log_loss:.3f}" for variant in evidence.variants]
+    lines = []
+    if evidence.geometries:
+        tried = ", ".join(f"{one.fit} {one.size} {one.log_loss:.3f}" for one in evidence.geometries)
+        geometry = choose_geometry(evidence.geometries)
+        lines.append(f"log-loss by fit and size in pixels: {tried}: {geometry.fit} {geometry.size} is taken")
+    lines += [f"{variant}, log-loss {variant.log_loss:.3f}" for variant in evidence.variants]
     best = min(evidence.variants, key=lambda variant: variant.log_loss)
     if choose_variant(evidence.variants).log_loss > best.log_loss and best.taps != (FINAL,) and len(best.taps) == 1:
         lines.append(f"{best.taps[0]} by itself is not taken: such a lead mostly is chance")
@@ -205,7 +241,7 @@ def can_gain(evidence: Evidence, select: int) -> tuple[bool, str]:
     """(whether training further may pay, where not: why)."""
     best = choose_variant(evidence.variants)
     if is_little_left(best, evidence.common):
-        return False, f"not trained further: the fitted head is right on {best.accuracy:.1%} out of fold"
+        return False, f"not trained further: {best.head} are right on {best.accuracy:.1%} out of fold already"
     if not select:
         return (
             False,

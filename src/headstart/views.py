@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from headstart import archives, embedders, features, loading
 from headstart import config as configs
-from headstart import embedders, features, loading
 from headstart.backbones import Backbone
 from headstart.config import RunConfig
 from headstart.data import Dataset, Sample
@@ -24,6 +24,9 @@ from headstart.zoo import Spec
 
 if TYPE_CHECKING:
     import torch
+
+
+SAMPLED = 32  # pictures by which it is told how many are in the cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,10 +55,12 @@ def look(
     spare_cache: Path | None = None,
     limits: Limits | None = None,
     world: World = World(),
+    prepare: Callable[..., embedders.Embedder] = embedders.prepare,
 ) -> View:
     """Open every picture of a data set once and compute its features, but for what the cache has.
 
-    Several processes compute a share each; what they put into the cache, all of them then read.
+    Several processes compute a share each; what they put into the cache, all of them then read. `prepare` makes a
+    network ready to run.
     """
     chosen: dict[str, Any] = {}
     sources, allowed = dataset.sources, limits or limits_of(config)
@@ -68,14 +73,14 @@ def look(
 
         def count_missing(engine: embedders.Engine) -> int:
             held = features.Store(cache / f"{features.key_of(spec)}-{forms[engine]}").index()
-            return max(0, len(sources) - len(held))  # at least, where others' features are among them
+            return _count_missing([dataset.path(source) for source in sources], held) if held else len(sources)
 
         find = functools.partial(embedders.find_engine, spec, load, device, precision, cache / embedders.GRAPHS)
         chosen["engine"] = world.tell(find(count_missing) if world.first else "torch")
         return forms[chosen["engine"]]
 
     def make_embedder() -> loading.Compute:
-        embedder = embedders.prepare(load(), **chosen, folder=cache / embedders.GRAPHS)
+        embedder = prepare(load(), **chosen, folder=cache / embedders.GRAPHS)
         chosen["precision"] = str(embedder.dtype).removeprefix("torch.")  # float32 where the trial failed
         return embedder
 
@@ -90,6 +95,13 @@ def look(
         extracted, survey = extract(sources, track if world.size == 1 else lambda items, _: items)
         world.wait()
     return View(extracted.matrix, survey, extracted.key, str(chosen["device"]), chosen["precision"])
+
+
+def _count_missing(paths: Sequence[Path], held: Container[str]) -> int:
+    """About how many pictures' features are not held, told from the content of a few of them."""
+    some = paths[:: max(1, len(paths) // SAMPLED)]
+    missing = sum(archives.is_file(path) and archives.digest(path) not in held for path in some)
+    return len(paths) * missing // max(1, len(some))
 
 
 def survey(
