@@ -6,8 +6,8 @@ python benchmarks/contest.py --report  (no run; only docs/contest.md and its plo
 
 Each run is a whole process and leaves one line of JSON; the same command goes on where it was interrupted, and runs
 nothing twice, but for headstart where its source has changed since: the later row counts. A run that fails is said and
-leaves no line. entrants.py says who takes part on which sets, rivals.py how each rival is set up, unseen.py gets two of
-the sets (`make contest-data`), and standings.py makes the document.
+leaves no line. entrants.py says who takes part on which sets, rivals.py how each rival is set up, more_sets.py gets
+three of the sets (`make contest-data`), and standings.py makes the document.
 
 Expected (2-core machine): the tables in docs/contest.md.
 """
@@ -29,9 +29,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import unseen
+import more_sets
 from common import Failed, run
-from entrants import CUT, EPOCHS, LARGEST, OURS, RIVALS, SEEDS, SETS, SHOTS, UNSEEN, takes_part
+from entrants import CUT, EPOCHS, LARGEST, MADE, OURS, RIVALS, SEEDS, SETS, SHOTS, takes_part
 from results import Row
 from sets import DATA
 from standings import write_report
@@ -69,7 +69,7 @@ def list_there(names: Sequence[str]) -> list[str]:
     """The sets whose pictures are there; the others are said, with how to get them, and none is no contest."""
     there = [name for name in names if find_images(name).is_dir()]
     for made, remedy in ((False, "set HEADSTART_TEST_DATA"), (True, "`make contest-data` gets them")):
-        missing = [name for name in names if name not in there and (name in UNSEEN) == made]
+        missing = [name for name in names if name not in there and (name in MADE) == made]
         if missing:
             print(f"not there: {', '.join(missing)} ({remedy})", flush=True)
     if not there:
@@ -189,8 +189,8 @@ def write_table(folder: Path, images: Path, pictures: Pictures) -> Path:
 
 
 def find_images(name: str) -> Path:
-    """The folder of a set: beside the others, or where unseen.py writes."""
-    return DATA / name if name not in UNSEEN else unseen.FOLDER / name
+    """The folder of a set: beside the others, or where more_sets.py writes."""
+    return DATA / name if name not in MADE else more_sets.FOLDER / name
 
 
 def digest_pictures(images: Path, pictures: Pictures) -> str:

@@ -206,7 +206,7 @@ def test_headstart_reads_the_table_with_the_names_that_the_sets_folder_has(conte
 
 
 def test_sets_that_are_not_there_are_said_with_how_to_get_them(contest, data, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(contest.unseen, "FOLDER", tmp_path / "none")
+    monkeypatch.setattr(contest.more_sets, "FOLDER", tmp_path / "none")
     assert contest.list_there(["flowers", "scenes", "clipart", "stamps"]) == ["flowers"]
     assert capsys.readouterr().out.splitlines() == [
         "not there: scenes (set HEADSTART_TEST_DATA)",
@@ -457,9 +457,9 @@ def test_the_summary_ranks_with_shared_places_and_takes_the_better_variants(repo
     assert (
         found.startswith("0.0750 against 0.2000 (fastai), lower by 62.5 % [") and " %], that is by 0.1250 [0." in found
     )
-    assert found.endswith(", over 2 of 16 sets and cuts") and holds.startswith("not told")
+    assert found.endswith(", over 2 of 18 sets and cuts") and holds.startswith("not told")
     assert table_of(text, "What came of it", "the best mean rank")[1] == (
-        "1.25 against 2.25 (fastai), over 2 of 16 sets and cuts"
+        "1.25 against 2.25 (fastai), over 2 of 18 sets and cuts"
     )
 
 
@@ -485,7 +485,7 @@ def two_sets(results, monkeypatch):
     monkeypatch.setattr(results, "SEEDS", {FULL: (0,)})
 
 
-GROUPS = ("all sets and cuts", "full sets", "cuts to 10 a class", "clipart and stamps, full and cut")
+GROUPS = ("all sets and cuts", "full sets", "cuts to 10 a class", "fashion, full and cut")
 ERROR = "a mean error at least 10 % below the best rival's, over "
 ERRORS_OF_NO_SET = [ERROR + name for name in GROUPS[2:]]  # where there are two full sets
 
@@ -604,7 +604,7 @@ def test_a_lower_error_has_an_interval_which_may_reach_below_what_is_claimed(res
 def test_the_error_is_judged_over_full_sets_cuts_and_unseen_sets_by_themselves(report):
     rows = [
         *rows_of("scenes", {"headstart": 18, "fastai": 10}),
-        *rows_of("stamps", {"headstart": 12, "fastai": 14}, cuts=(FULL, CUT)),
+        *rows_of("fashion", {"headstart": 12, "fastai": 14}, cuts=(FULL, CUT)),
     ]
     text = report(rows)
     found = {name: table_of(text, "What came of it", ERROR + name)[1] for name in GROUPS}
@@ -615,10 +615,10 @@ def test_the_error_is_judged_over_full_sets_cuts_and_unseen_sets_by_themselves(r
         "0.4000 against 0.3000",
     ]
     assert [cells.rsplit(", ", 1)[1] for cells in found.values()] == [
-        "over 3 of 16 sets and cuts",
-        "over 2 of 8 sets and cuts",
-        "over 1 of 8 sets and cuts",
-        "over 2 of 4 sets and cuts",
+        "over 3 of 18 sets and cuts",
+        "over 2 of 9 sets and cuts",
+        "over 1 of 9 sets and cuts",
+        "over 2 of 2 sets and cuts",
     ]
 
 
@@ -636,7 +636,7 @@ def test_what_each_part_brings_is_told_by_two_entrants(report):
     counts = {"headstart": 16, "headstart-without-blend": 15, "headstart-without-depths": 12, "headstart-5m": 18}
     rows = [row_of("scenes", entrant, first(count, 20)) for entrant, count in {**counts, "lp-ft": 11}.items()]
     text = report(rows)
-    accuracy, blend, depths, views, further, interpolation = table_of(text, "One part left out", "scenes", "full")[2:]
+    accuracy, blend, geometry, depths, views, further, interpolation = table_of(text, "One part left out", "scenes", "full")[2:]
     assert accuracy == "0.800" and blend.startswith("+0.050 [") and depths.startswith("+0.200 [")
     assert further.startswith("+0.100 [") and views == interpolation == "-"
     cells = table_of(text, "Each strategy by itself", "scenes", "full")[2:]
@@ -645,9 +645,9 @@ def test_what_each_part_brings_is_told_by_two_entrants(report):
 
 def test_hours_say_of_how_many_runs_they_are_where_some_are_missing(standings):
     rows = [row_of(name, "sklearn", [True], seconds=180) for name in standings.SETS]
-    assert standings.show_hours(rows, "sklearn") == "sklearn 0.40 h in 8 of 32 runs"
+    assert standings.show_hours(rows, "sklearn") == "sklearn 0.45 h in 9 of 36 runs"
     ours = [{**row, "entrant": "headstart-5m"} for row in rows]
-    assert standings.show_hours(ours, "headstart-5m") == "headstart-5m 0.40 h in 8 runs"
+    assert standings.show_hours(ours, "headstart-5m") == "headstart-5m 0.45 h in 9 runs"
     assert standings.show_hours(rows, "fastai") == ""
 
 
@@ -668,7 +668,7 @@ def test_a_report_of_no_rows_claims_nothing(report):
     assert len(found) == 8
     assert {cells[0] for cells in found.values()} == {"-"}
     assert all(holds.startswith("not told") for _, holds in found.values())
-    assert table_of(text, "One part left out", "scenes", "full")[2:] == ["-"] * 6
+    assert table_of(text, "One part left out", "scenes", "full")[2:] == ["-"] * 7
     assert table_of(text, "Each strategy by itself", "scenes", "full")[2:] == ["-"] * 7
 
 
