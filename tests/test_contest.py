@@ -636,7 +636,9 @@ def test_what_each_part_brings_is_told_by_two_entrants(report):
     counts = {"headstart": 16, "headstart-without-blend": 15, "headstart-without-depths": 12, "headstart-5m": 18}
     rows = [row_of("scenes", entrant, first(count, 20)) for entrant, count in {**counts, "lp-ft": 11}.items()]
     text = report(rows)
-    accuracy, blend, geometry, depths, views, further, interpolation = table_of(text, "One part left out", "scenes", "full")[2:]
+    accuracy, blend, _, depths, views, further, interpolation = table_of(text, "One part left out", "scenes", "full")[
+        2:
+    ]
     assert accuracy == "0.800" and blend.startswith("+0.050 [") and depths.startswith("+0.200 [")
     assert further.startswith("+0.100 [") and views == interpolation == "-"
     cells = table_of(text, "Each strategy by itself", "scenes", "full")[2:]

@@ -20,12 +20,11 @@ from torch import Tensor, nn
 
 from headstart import convex
 from headstart.metrics import find_temperature
+from headstart.verdicts import TUNING_ROWS as TUNING_ROWS
 
 KINDS = ("logistic", "svm", "means", "blend", "knn")
 BLENDED = ("logistic", "means")
 LEAD = 0.02  # share by which another head's log-loss must be lower than the blend's, which hangs less on chance
-# Strengths are tuned on about so many rows of features at most: more move the choice little and cost much.
-TUNING_ROWS = 10_000
 PRIOR_PICTURES = 30  # that the variance of the features beside a feature counts as
 WINDOW = 65  # features beside a feature, itself among them
 QUERIES = 1024  # that are compared with all training features at once

@@ -25,6 +25,7 @@ from headstart.strategies import (
 from headstart.verdicts import (
     FINAL,
     LEAST_EPOCHS,
+    MOST_ANSWERS,
     SCRATCH_EPOCHS,
     SCRATCH_LEAST,
     TUNED_EPOCHS,
@@ -37,6 +38,7 @@ from headstart.verdicts import (
     choose_length,
     choose_variant,
     choose_views,
+    count_answers,
     describe_evidence,
     find_boundary,
     is_scratch_worth_trying,
@@ -263,6 +265,9 @@ def _choose_heads(
         return heads, [f"heads {', '.join(heads)}: as set"]
     if s.task == "multi":
         return HEADS[:1], ["several labels a picture: one logistic regression for each label"]
+    if count_answers(s.pictures, views, s.classes, s.folds) > MOST_ANSWERS:
+        why = f"of {s.pictures} pictures and {s.classes} classes the others would take long"
+        return ("means",), [f"heads means: {why}"]
     if s.pictures < COMPARABLE:
         why = f"{s.pictures} pictures for training, fewer than {COMPARABLE}, are too few to compare heads by"
         return ("blend",), [f"heads blend, of logistic regression and class means: {why}"]
