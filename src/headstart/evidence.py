@@ -46,6 +46,7 @@ from headstart.verdicts import (
     enlarge,
     is_little_left,
     list_views,
+    promises_more,
 )
 from headstart.views import View
 from headstart.zoo import Spec
@@ -353,7 +354,7 @@ def weigh_views(
 ) -> tuple[Variant, ...]:
     """The plain view and sets of views on a part of the pictures; nothing without sets.
 
-    A larger set is tried only where each smaller one is worth its passes.
+    A larger set is tried only where the smaller ones together promise that it is worth its passes.
 
     Args:
         table: the pictures.
@@ -373,7 +374,7 @@ def weigh_views(
 
     found: list[Variant] = world.tell([judge(("plain",))])
     for _, equal in itertools.groupby(sets, key=len):
-        if any(choose_views((found[0], smaller), "auto") != smaller.views for smaller in found[1:]):
+        if len(found) > 1 and not promises_more(found):
             break
         found = world.tell([*found, *map(judge, equal)])
     return tuple(found)

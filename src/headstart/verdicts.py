@@ -153,6 +153,12 @@ def choose_views(found: Sequence[Variant], wanted: str) -> tuple[View, ...]:
     return held.views
 
 
+def promises_more(found: Sequence[Variant]) -> bool:
+    """Whether sets of views, after the plain one, would be worth their passes together, if their gains added up."""
+    plain, *others = found
+    return sum(plain.log_loss - variant.log_loss for variant in others) > WORTH_VIEWS * plain.log_loss
+
+
 def count_answers(pictures: int, views: int, classes: int, folds: int) -> int:
     """Rows times classes that a head of many classes is fitted on, in all folds and in the end on all pictures."""
     return views * classes * (folds * min(pictures, TUNING_ROWS // views) + pictures)
