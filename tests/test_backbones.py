@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torchvision import models
 
-from headstart import backbones, files, weights, zoo
+from headstart import backbones, embedders, files, weights, zoo
 from headstart.backbones import (
     Backbone,
     Located,
@@ -684,6 +684,61 @@ def test_a_network_that_overflows_in_a_number_format_runs_in_float32(caplog, pre
     found = embed(pixels)
     assert np.isfinite(found).all()
     np.testing.assert_allclose(found, expected, atol=0.02 * np.abs(expected).max())
+
+
+# Several forms of one network
+
+
+@pytest.fixture
+def prepared(monkeypatch):
+    """The specs of the networks that are made ready from scratch."""
+    specs = []
+
+    def count(backbone, *given, **named):
+        specs.append(backbone.spec)
+        return prepare(backbone, *given, **named)
+
+    monkeypatch.setattr(embedders, "prepare", count)
+    return specs
+
+
+def shaped(digest: str = "known", **changes: object) -> Backbone:
+    """A network with weights, in some form."""
+    spec = Spec("custom", "timm", "test_efficientnet", {}, Preprocess(size=64, crop=1.0), digest=digest)
+    return Backbone.of(spec.adapted(**changes), trained_like("test_efficientnet"))
+
+
+FORMS = [{}, {"views": ("mirror",)}, {"fit": "squash"}, {"views": ("plain", "zoom"), "size": 96, "fit": "pad"}]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_workshop_makes_a_network_ready_once_for_all_geometries_and_views(prepared, precision):
+    workshop, tapped = embedders.Workshop(), ("blocks.1", "final")
+    for form in (*FORMS, *({**form, "taps": tapped} for form in FORMS)):
+        backbone = shaped(**form)
+        found, expected = workshop.prepare(backbone, CPU, precision), prepare(backbone, CPU, precision)
+        assert (found.preprocess, found.views, found.dtype) == (expected.preprocess, expected.views, expected.dtype)
+        pixels = pictures(backbone.spec.preprocess.size)
+        np.testing.assert_allclose(found(pixels), expected(pixels), rtol=1e-5, atol=1e-6)
+    assert [spec.taps for spec in prepared] == [(), tapped]
+
+
+def test_a_workshop_makes_another_network_and_another_form_of_numbers_ready_by_itself(prepared, monkeypatch):
+    workshop = embedders.Workshop()
+    plain = workshop.prepare(shaped(), CPU, "float32")
+    assert workshop.prepare(shaped(), CPU, "bfloat16").dtype == torch.bfloat16
+    other = shaped("another")
+    torch.nn.init.normal_(other.network.conv_stem.weight)
+    assert not np.allclose(workshop.prepare(other, CPU, "float32")(pictures(64)), plain(pictures(64)))
+    assert len(prepared) == 3
+    for _ in range(2):  # is not recognised again
+        workshop.prepare(shaped(""), CPU, "float32")
+    assert len(prepared) == 5
+    asked = []
+    monkeypatch.setattr(embedders, "prepare", lambda *given, **named: asked.append((given[3], named)))
+    for _ in range(2):  # graphs are of one form each
+        workshop.prepare(shaped(), CPU, "float32", engine="openvino", folder=Path("graphs"))
+    assert asked == [("openvino", {"folder": Path("graphs")})] * 2
 
 
 # Devices and number formats

@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import json
 import os
 import re
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from headstart import cli, training
+from headstart import cli, display, training
 
 GOLDEN = Path(__file__).parent / "golden"
 ODD_NAMES = [
@@ -171,6 +172,32 @@ def test_a_summary_says_figure_interval_and_what_next(capsys, tmp_path, shapes, 
     assert status == 0
     assert re.search(r"^accuracy +\d\.\d{3} \[\d\.\d{3}, \d\.\d{3}\] n=6$", out, re.M)
     assert f"headstart predict {tmp_path / 'run'} PICTURE..." in out
+
+
+@pytest.fixture(scope="module")
+def trained(shapes, tiny_weights, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("summary")
+    return training.train(shapes, folder / "run", weights=str(tiny_weights), cache=str(folder / "cache"))
+
+
+@pytest.mark.parametrize(
+    ("competed", "losses", "said"),
+    [
+        (("logistic", "means", "blend"), {"blend": 0.3, "logistic": 0.297, "means": 0.4}, True),
+        (("blend", "means"), {"blend": 0.3, "logistic": 0.297, "means": 0.4}, False),  # a part that did not compete
+        (("blend",), {"blend": 0.3, "logistic": 0.2, "means": 0.4}, False),
+        (("logistic", "means", "blend"), {"blend": 0.3, "logistic": 0.31, "means": 0.4}, False),
+        (("logistic", "means", "blend"), {"logistic": 0.2, "blend": 0.3, "means": 0.4}, False),
+    ],
+)
+def test_a_summary_says_why_the_blend_was_taken_where_another_that_competed_was_better(trained, competed, losses, said):
+    heads = [{"kind": kind, "log_loss": loss} for kind, loss in losses.items()]
+    classifier = dataclasses.replace(trained.classifier, provenance={**trained.classifier.provenance, "heads": heads})
+    (phase,) = trained.plan.phases
+    plan = dataclasses.replace(trained.plan, phases=(dataclasses.replace(phase, heads=competed),))
+    told = display.summary(dataclasses.replace(trained, classifier=classifier, plan=plan), "pictures")
+    assert ", ".join(f"{kind} {loss:.3f}" for kind, loss in losses.items()) in told
+    assert ("the blend is taken unless another clearly leads" in told) == said
 
 
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

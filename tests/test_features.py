@@ -150,6 +150,16 @@ def test_another_network_is_computed_while_the_facts_are_shared(tmp_path, own_ca
     assert network.computed == 10
 
 
+@pytest.mark.parametrize(
+    ("sizes", "ratio"),
+    [([(80, 64), (64, 100), (50, 50)], 100 / 64), ([(90, 60), (70, 60)], 1.5), ([(9, 9)], 1), ([], 1)],
+)
+def test_how_far_pictures_are_from_a_square_is_told_by_the_farthest(sizes, ratio):
+    wide, high = np.array(sizes, np.uint16).reshape(-1, 2).T
+    names = tuple(str(number) for number in range(len(sizes)))
+    assert features.Survey(names, names, {"width": wide, "height": high}, {}, {}).ratio == pytest.approx(ratio)
+
+
 def test_a_survey_gives_the_facts_of_an_extraction_and_shares_them(tmp_path, own_cache, network, monkeypatch):
     paths = write_pictures(tmp_path / "p", 7)
     paths[3].write_bytes(b"")

@@ -18,7 +18,7 @@ from headstart.backbones import Backbone
 from headstart.bench import Bench
 from headstart.config import EngineConfig, RunConfig, TrainConfig
 from headstart.engine import Adapted, Epoch
-from headstart.errors import UsageError
+from headstart.errors import DataError, UsageError
 from headstart.heads import FittedHead
 from headstart.images import Limits, open_image
 from headstart.model import Classifier
@@ -688,7 +688,8 @@ def test_a_step_is_timed_without_the_frozen_blocks_where_their_activations_will_
     seen = []
     monkeypatch.setattr(fitting.trials, "find_pace", lambda *given: seen.append(given) or fitting.Pace(PLAIN, 0.1))
     settings = decide(batch_size=2, freeze="2", cached_views=views, disk_mebibytes=room)
-    fitting.measure_pace(bench, Train(settings, PLAIN), RunConfig(), tmp_path)
+    pace = fitting.measure_pace(bench, Train(settings, PLAIN, name="the last blocks"), RunConfig(), tmp_path)
+    assert pace.keeps == (kept or not views)  # where none are to be kept, nothing has no room
     ((model, blocks, timed, *_, name, _, activations),) = seen
     assert len(blocks) == len(bench.blocks) - 2 * kept and timed.freeze == ("" if kept else "2")
     assert (" after " in name) == kept == (activations is not None)
@@ -708,6 +709,18 @@ def test_a_head_is_fitted_on_all_pictures_and_chosen_by_those_that_can_be_held_o
     with torch.no_grad():
         logits = head.module(torch.from_numpy(bench.rows([single])))
     assert bench.dataset.classes[logits.argmax()] == "circle"
+
+
+@pytest.mark.parametrize("views", [0, 2])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_features_that_are_no_finite_numbers_are_refused_with_the_first_pictures_name(bench, value, views):
+    fitted = bench.dataset.of_role("fit")
+    rows = bench.rows(fitted)
+    rows = np.stack([rows] * views, 1) if views else rows
+    rows[[7, 4, 9], ..., 3] = value
+    with pytest.raises(DataError, match="features of 3 pictures are no finite numbers") as caught:
+        fitting.fit_heads(rows, fitted, bench.dataset, {}, FitHead(("means",), 3), 0)
+    assert repr(fitted[4].source) in caught.value.why and "--precision float32" in caught.value.remedy
 
 
 def test_groups_are_held_out_together(bench):

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import math
 
@@ -8,7 +9,8 @@ import torch
 from torch import nn
 
 import headstart
-from headstart import backbones, fitting, phases, training
+from headstart import backbones, fitting, phases, training, verdicts
+from headstart.bench import Bench
 from headstart.config import resolve
 from headstart.engine import Adapted, Training
 from headstart.errors import TrainingError, UsageError
@@ -105,6 +107,26 @@ def doubtful(monkeypatch):
     monkeypatch.setattr("headstart.verdicts.WHOLE_EPOCHS", 3)
     monkeypatch.setattr("headstart.evidence.list_views", lambda best, symmetry, *_: ())
     monkeypatch.setattr("headstart.engine.can_win", lambda losses, epochs, target: True)
+
+
+@pytest.fixture
+def brief(monkeypatch, doubtful):
+    """Nine pictures are enough to choose by."""
+    for module in (training, verdicts):
+        monkeypatch.setattr(module, "LEAST_SELECT", 9)
+
+
+def small(tiny_weights, **more):
+    """Options with which a few small pictures are trained on in a second or two."""
+    geometry = {"fit": "crop", "size": 32, "views": "plain"}
+    few = {"select_share": 0.3, "folds": 2, "epochs": 2, "cached_views": 1, "interpolation": "100"}
+    return options(tiny_weights, **{**geometry, **few, **more})
+
+
+def worsen(monkeypatch):
+    """Let each look at the select pictures find more loss than the one before."""
+    plainly, looks = Bench._score, itertools.count(1)
+    monkeypatch.setattr(Bench, "_score", lambda *given: {**plainly(*given), "log_loss": float(next(looks))})
 
 
 BLOCKS, ALL, RANDOM = "the last blocks", "all blocks", "all blocks from random weights"
@@ -213,16 +235,39 @@ def test_what_a_training_does_not_take_the_next_one_may(many, tiny_weights, tmp_
 
 
 def test_what_is_held_against_the_fitted_head_was_trained_also_where_no_epoch_was_better(
-    many, tiny_weights, tmp_path, monkeypatch, doubtful
+    shapes, tiny_weights, tmp_path, monkeypatch, brief
 ):
     take(monkeypatch, 1.0)
-    monkeypatch.setattr("headstart.plan.TUNED_RATE", 1.0)  # it only gets worse
-    headstart.train(many, tmp_path / "run", **options(tiny_weights, freeze="blocks.1"))
+    worsen(monkeypatch)
+    run = headstart.train(shapes, tmp_path / "run", **small(tiny_weights, freeze="blocks.1"))
     rows = [json.loads(line) for line in (tmp_path / "run/history.jsonl").read_text().splitlines()]
     start, *others = [row for row in rows if "step" not in row]
-    assert not start["best"] and others[0]["best"]
-    kept = min(others, key=lambda row: row["select"]["log_loss"])
-    assert kept["select"]["log_loss"] > start["select"]["log_loss"]
+    assert not start["best"] and [row["best"] for row in others] == [True, False]
+    assert all(row["select"]["log_loss"] > start["select"]["log_loss"] for row in others)
+    assert run is not None and run.classifier.provenance["training"][0]["best_epoch"] == 1
+    before = training.find_network(resolve(None, small(tiny_weights))).load().state_dict()
+    assert not torch.equal(before["conv_head.weight"], run.classifier.backbone.state_dict()["conv_head.weight"])
+
+
+@pytest.mark.parametrize("dry_run_first", [False, True])
+def test_where_training_turns_out_to_take_too_long_the_head_is_that_of_a_run_without_a_budget(
+    shapes, tiny_weights, tmp_path, monkeypatch, brief, dry_run_first
+):
+    settings = small(tiny_weights)
+    slow = Pace(Layout("float32"), 1e4)
+    monkeypatch.setattr(fitting.trials, "find_pace", lambda *_: slow)
+    if dry_run_first:
+        assert not headstart.train(shapes, tmp_path / "run", dry_run=True, **settings).trains
+    run = headstart.train(shapes, tmp_path / "run", **settings)
+    assert [pace.seconds for pace in run.plan.timing.paces] == [1e4] and not run.plan.trains
+    of_training = {"epochs", "cached_views", "interpolation"}
+    settings = {name: value for name, value in settings.items() if name not in of_training}
+    plain = headstart.train(shapes, tmp_path / "plain", **{**settings, "time_budget": "0"})
+    assert run.classifier.provenance == plain.classifier.provenance
+    assert run.classifier.temperature == plain.classifier.temperature
+    for name, tensor in plain.classifier.head.state_dict().items():
+        assert torch.equal(tensor, run.classifier.head.state_dict()[name]), name
+    np.testing.assert_array_equal(run.evaluation.probabilities, plain.evaluation.probabilities)
 
 
 def test_many_classes_of_few_pictures_are_not_split_further(make_shapes, tiny_weights, tmp_path, doubtful):
@@ -399,6 +444,66 @@ def test_a_training_that_diverges_is_given_up_and_the_others_go_on(
     assert json.loads((tmp_path / "run/plan.json").read_text())["reasons"] == list(run.plan.reasons)
 
 
+def diverge(monkeypatch, phase, epoch):
+    """Let a training diverge in the first step of an epoch; gives (phase, epoch, step) of all steps that are taken."""
+    real, taken = Training.take_step, []
+
+    def take_step(self, *given, **named):
+        taken.append((self.phase, self.state.epoch, self.state.step))
+        if taken[-1] == (phase, epoch, 0):
+            raise self._diverged(math.nan)
+        return real(self, *given, **named)
+
+    monkeypatch.setattr(Training, "take_step", take_step)
+    return taken
+
+
+def test_a_training_that_diverged_is_not_begun_again_where_a_run_is_killed_in_the_next_one(
+    shapes, tiny_weights, tmp_path, monkeypatch, brief
+):
+    take(monkeypatch, 1.0, name=ALL)
+    taken, real = diverge(monkeypatch, 1, 1), Training._finish_epoch
+    whole = headstart.train(shapes, tmp_path / "whole", **small(tiny_weights))
+    assert (1, 1, 0) in taken
+    first, second = ([place for place in taken if place[:2] == (2, epoch)] for epoch in (0, 1))
+    for epoch in (-1, 1):  # before there is a checkpoint of the next one, and where there is one
+
+        def stop(self, epoch=epoch):
+            if (self.phase, self.state.epoch) == (2, epoch):
+                raise KeyboardInterrupt
+            return real(self)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Training, "_finish_epoch", stop)
+            with pytest.raises(KeyboardInterrupt):
+                headstart.train(shapes, tmp_path / "run", **small(tiny_weights))
+        assert epoch == -1 or taken == [*first, *second]
+        taken.clear()
+    run = headstart.train(shapes, tmp_path / "run", **small(tiny_weights))
+    assert taken == second
+    said = [[why for why in one.plan.reasons if "given up" in why or "log-loss" in why] for one in (run, whole)]
+    assert said[0] == said[1] and any("given up, epoch 2, step 1" in why for why in said[0])
+    np.testing.assert_array_equal(run.evaluation.probabilities, whole.evaluation.probabilities)
+    for key, tensor in whole.classifier.backbone.state_dict().items():
+        assert torch.equal(tensor, run.classifier.backbone.state_dict()[key]), key
+    courses = [
+        [{**json.loads(line), "speed": 0, "seconds": 0} for line in (tmp_path / name).read_text().splitlines()]
+        for name in ("whole/history.jsonl", "run/history.jsonl")
+    ]
+    assert courses[0] == courses[1]
+
+
+def test_a_training_that_diverged_lends_no_time_to_the_next_one(shapes, tiny_weights, tmp_path, monkeypatch, brief):
+    monkeypatch.setattr("headstart.plan.is_scratch_worth_trying", lambda *_: True)
+    diverge(monkeypatch, 2, 0)
+    settings = small(tiny_weights, epochs=1)
+    planned = headstart.train(shapes, tmp_path / "run", dry_run=True, **settings)
+    run = headstart.train(shapes, tmp_path / "run", **settings)
+    (one, other, last), (_, lent, kept) = trainings_of(planned), trainings_of(run.plan)
+    assert (one.name, other.name, last.name) == (BLOCKS, ALL, RANDOM)
+    assert lent.seconds > other.seconds + 100 and kept.seconds == last.seconds
+
+
 def test_where_every_training_diverges_the_fitted_head_is_taken(many, tiny_weights, tmp_path, doubtful):
     run = headstart.train(
         many, tmp_path / "run", **options(tiny_weights, epochs=3, learning_rate=100.0, optimizer="sgd")
@@ -480,15 +585,15 @@ def test_random_weights_are_an_arm_where_the_pictures_are_many_and_of_another_ki
 
 
 def test_an_arm_that_gets_no_better_is_stopped_by_patience_once_it_was_trained(
-    many, tiny_weights, tmp_path, monkeypatch, doubtful
+    shapes, tiny_weights, tmp_path, monkeypatch, brief
 ):
-    monkeypatch.setattr("headstart.plan.TUNED_RATE", 1.0)  # it only gets worse
-    run = headstart.train(many, tmp_path / "run", **options(tiny_weights, freeze="blocks.1", patience=2))
+    worsen(monkeypatch)
+    settings = small(tiny_weights, freeze="blocks.1", patience=2, epochs=6)
+    run = headstart.train(shapes, tmp_path / "run", **settings)
     rows = [json.loads(line) for line in (tmp_path / "run/history.jsonl").read_text().splitlines()]
     epochs = [row for row in rows if "step" not in row]
-    best = max(row["epoch"] for row in epochs if row["best"])
-    assert best >= 1 and len(epochs) - 1 == min(6, best + 2)
-    assert run is not None and any("none was better for 2" in reason for reason in run.plan.reasons) == (best < 4)
+    assert [row["epoch"] for row in epochs if row["best"]] == [1] and len(epochs) - 1 == 1 + 2
+    assert run is not None and any("none was better for 2" in reason for reason in run.plan.reasons)
 
 
 @pytest.mark.parametrize(("given", "shares"), [("100", [1.0]), ("50, 100, 50", [0.5, 1.0]), (30, [0.3])])
@@ -577,6 +682,21 @@ def test_all_that_is_opened_and_looked_at_takes_its_time():
     left -= epochs * each[1] + start[1] + around[1]
     expected = [count * one + first for count, one, first in zip((6, epochs), each, start)]
     assert [blocks.seconds, every.seconds] == pytest.approx([max(1.1 * x, x + left / 2) for x in expected])
+
+
+@pytest.mark.parametrize(
+    ("left", "keeps", "epochs"), [(500, True, 6), (500, False, 6), (140, True, 6), (140, False, 5), (100, False, 3)]
+)
+def test_where_activations_have_no_room_pictures_are_opened_in_every_epoch(left, keeps, epochs):
+    pace = dataclasses.replace(PACES[0], look_seconds=0.01, supply_seconds=0.03, keeps=keeps)
+    (phase,) = trainings_of(plan_with(left, (pace,), freeze="x", epochs=6))
+    assert phase.settings.epochs == epochs
+    weighed = 60 * 4 * (0.03 + 2 * 0.01)
+    # 400 pictures in four views are opened and looked at before, or all are opened in each epoch.
+    around = 4 + weighed + (400 * 4 * 0.04 if keeps else 0)
+    each, start = (400 * 0.02 + 0.6, 0.6) if keeps else (400 * (0.02 + 0.03) + 60 * 0.04, 60 * 0.04)
+    assert phase.seconds == pytest.approx(max(1.1 * (epochs * each + start), left - around))
+    assert not trainings_of(plan_with(100, (dataclasses.replace(pace, keeps=True),), freeze="x", epochs=6))
 
 
 @pytest.mark.parametrize(("left", "epochs"), [(121.9, 12), (90.0, 10), (61.0, 7), (59.9, 6)])

@@ -199,6 +199,35 @@ def test_given_roles_stay():
     assert splits.assign_roles(dataset, {}, 0.9, 1) is dataset
 
 
+def deal_everything(folder, seed=0):
+    """Whatever is dealt of pictures some of which lie in a folder outside the data's, by their names there.
+
+    Groups are named by one of their pictures, as near-duplicates are, or by people.
+    """
+    names = [f"{kind}/{number}.jpg" for kind, n in enumerate([14, 11, 9]) for number in range(n)]
+    place = {name: name if name.endswith("0.jpg") else f"{folder}/{name}" for name in names}
+    samples = [Sample(place[name], (f"c{name[0]}",)) for name in names]
+    groups = {place[f"0/{number}.jpg"]: place[f"0/{number // 2 * 2}.jpg"] for number in range(14)}
+    groups |= {place[f"1/{number}.jpg"]: f"somebody's {number % 2}" for number in range(4)}
+    roles = [sample.role for sample in splits.assign_roles(data_set(samples), groups, 0.2, seed).samples]
+    fitted = splits.assign_select(data_set(all_fit(samples)), groups, 0.3, seed).samples
+    parts = splits.draw_part(samples, groups, 0.5, seed), splits.draw_enough(samples, groups, 15, seed)
+    return roles, [sample.role for sample in fitted], *parts, splits.assign_folds(samples, groups, 4, seed)
+
+
+@pytest.mark.parametrize("folder", ["/home/somebody/two words", "/0/0", "/蚂蚁", "/a/much/deeper/folder"])
+def test_what_is_dealt_does_not_hang_on_where_pictures_lie_outside_the_datas_folder(folder):
+    assert deal_everything(folder) == deal_everything("/data")
+    for one, other in zip(deal_everything("/data", seed=1), deal_everything("/data"), strict=True):
+        assert one != other  # else nothing is tested
+
+
+@pytest.mark.parametrize("names", [["a.jpg", "b.jpg", "c.jpg", "d.jpg"], ["x/a.jpg", "y/a.jpg", "x/b.jpg", "y/b.jpg"]])
+def test_pictures_outside_the_datas_folder_are_told_apart(names):
+    samples = [Sample(f"/data/{name}", ("c",)) for name in names]
+    assert sorted(splits.assign_folds(samples, {}, 4, 0)) == [0, 1, 2, 3]  # none stands for another
+
+
 # A split that is kept: results can be compared only if everybody's split is the same. Whoever changes how pictures are
 # dealt changes these, and must say so to users.
 GOLDEN_REPORT = {

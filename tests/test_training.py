@@ -190,6 +190,24 @@ def test_a_run_is_measured_again_from_another_folder(train, shapes, tmp_path, mo
     assert headstart.evaluate(run.path).metrics == run.evaluation.metrics
 
 
+def test_the_split_of_a_table_stays_where_the_folder_of_its_pictures_is_moved(train, shapes, tmp_path):
+    places = tmp_path / "here" / "pictures", tmp_path / "other place"
+    shutil.copytree(shapes, places[0])
+    shutil.copy(shapes / "circle/0.png", places[0] / "circle/copy.png")  # goes where the first one goes
+    rows = [(path.relative_to(places[0]).as_posix(), path.parent.name) for path in sorted(places[0].rglob("*.png"))]
+    (tmp_path / "data").mkdir()
+    table, found = write_table(tmp_path / "data" / "table.csv", rows), []
+    for number, place in enumerate(places):
+        if number:
+            places[0].rename(place)
+        train(table, f"run {number}", images=str(place), dry_run=True)
+        roles = roles_of(tmp_path / f"run {number}")
+        assert all(source.startswith(f"{place}/") for source in roles)
+        found.append({source.removeprefix(f"{place}/"): role for source, role in roles.items()})
+    assert found[0] == found[1] and set(found[0].values()) == {"fit", "report"}
+    assert found[0]["circle/copy.png"] == found[0]["circle/0.png"]
+
+
 def test_a_report_picture_that_is_gone_is_an_error_that_names_it(train, make_shapes, tmp_path):
     run = train(make_shapes(tmp_path / "data", 8))
     gone = run.evaluation.sources[0]

@@ -14,11 +14,14 @@ from headstart.verdicts import (
     can_gain,
     can_win,
     choose_epochs,
+    choose_geometry,
     choose_length,
     choose_views,
     describe_evidence,
+    enlarge,
     find_boundary,
     is_scratch_worth_trying,
+    list_fits,
     read_time,
     show_time,
     weigh_time,
@@ -184,3 +187,62 @@ def test_views_are_those_that_are_set_or_the_cheapest_but_for_what_others_gain(m
     found = [dataclasses.replace(variant(log_loss=loss), views=VIEW_SETS[name]) for name, loss in losses.items()]
     assert choose_views(found, wanted) == VIEW_SETS[views]
     assert choose_views((), wanted) == VIEW_SETS["plain" if wanted == "auto" else wanted]
+
+
+def geometries(losses):
+    """Variants by fit and size, such as `crop 224`."""
+    pairs = ((name.split(), loss) for name, loss in losses.items())
+    return tuple(dataclasses.replace(variant(log_loss=loss), fit=fit, size=int(size)) for (fit, size), loss in pairs)
+
+
+@pytest.mark.parametrize(
+    ("losses", "chosen"),
+    [
+        ({"crop 224": 0.3}, "crop 224"),
+        ({"crop 224": 0.3, "squash 224": 0.295, "pad 224": 0.31}, "crop 224"),
+        ({"crop 224": 0.3, "squash 224": 0.293, "pad 224": 0.31}, "squash 224"),
+        ({"crop 224": 0.3, "squash 224": 0.28, "pad 224": 0.279}, "pad 224"),  # equally dear
+        ({"pad 224": 0.3, "squash 224": 0.25, "pad 288": 0.2}, "pad 288"),
+        ({"crop 224": 0.3, "squash 224": 0.28, "squash 288": 0.275}, "squash 224"),  # better by less than a fiftieth
+        ({"crop 224": 0.3, "squash 224": 0.28, "squash 288": 0.27}, "squash 288"),
+        ({"crop 224": 0.3, "squash 224": 0.295, "crop 288": 0.293}, "crop 288"),  # than its own way, which was held
+        ({"crop 224": 0.3, "squash 224": 0.295, "crop 288": 0.295}, "crop 224"),
+        ({"crop 224": 0.0, "squash 224": 0.0, "crop 288": 0.0}, "crop 224"),
+    ],
+)
+def test_the_geometry_is_the_networks_own_but_for_what_others_gain_and_that_is_said(losses, chosen):
+    found = geometries(losses)
+    taken = choose_geometry(found)
+    assert f"{taken.fit} {taken.size}" == chosen
+    told = describe_evidence(Evidence(DEEP.variants, (), None, geometries=found))
+    tried = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+    assert told[0] == f"log-loss by fit and size in pixels: {tried}: {chosen} is taken"
+
+
+def test_where_no_geometries_were_compared_nothing_is_said_of_them():
+    assert not any("fit and size" in line for line in describe_evidence(DEEP))
+
+
+@pytest.mark.parametrize(
+    ("own", "ratio", "fits"),
+    [
+        ("crop", 1.5, ("squash", "pad")),
+        ("crop", 1.02, ("squash", "pad")),
+        ("crop", 1.01, ("squash",)),  # of squares, nothing would be padded
+        ("crop", 1.0, ("squash",)),
+        ("center", 1.0, ("squash",)),
+        ("squash", 1.5, ("pad",)),
+        ("squash", 1.0, ()),
+        ("pad", 1.5, ("squash",)),
+        ("pad", 1.0, ("squash",)),
+    ],
+)
+def test_pictures_that_are_not_square_may_be_pressed_into_a_square_or_padded(own, ratio, fits):
+    assert list_fits(own, ratio) == fits
+
+
+@pytest.mark.parametrize(
+    ("size", "larger"), [(32, 32), (64, 96), (160, 192), (224, 288), (256, 320), (299, 384), (384, 512)]
+)
+def test_a_larger_side_is_a_third_more_in_steps_that_networks_take(size, larger):
+    assert enlarge(size) == larger

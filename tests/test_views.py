@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import headstart
-from headstart import loading, views
+from headstart import backbones, embedders, files, loading, views
 from headstart.config import RunConfig, TrainConfig
 from headstart.processes import World
 
@@ -108,3 +108,53 @@ def test_one_process_alone_looks_at_each_picture_once_and_shows_its_progress(dat
     shown = []
     found = views.survey(dataset, config_with("none"), lambda items, total: shown.append(total) or items)
     assert shown == [len(dataset.samples)] and found.sources == dataset.sources
+
+
+# What the cache has
+
+
+@pytest.mark.parametrize(
+    ("held", "missing"),
+    [
+        (lambda ours, others: [], 70),
+        (lambda ours, others: others, 70),  # however many they are
+        (lambda ours, others: ours, 0),
+        (lambda ours, others: [*others, *ours], 0),
+        (lambda ours, others: [*others, *ours[:35]], 35),
+    ],
+)
+def test_how_many_features_are_missing_is_told_by_the_content_of_some_pictures(tmp_path, held, missing):
+    paths = [tmp_path / f"{number}.png" for number in range(70)]
+    for number, path in enumerate(paths):
+        path.write_bytes(b"%d" % number)
+    others = [f"{number:064x}" for number in range(200)]
+    opened, plainly = [], files.digest
+    ours = [plainly(path) for path in paths]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "digest", lambda path: opened.append(path) or plainly(path))
+        found = views._count_missing(paths, held(ours, others))
+    assert found == pytest.approx(missing, abs=2) and (found == missing or 0 < missing < 70)
+    assert views.SAMPLED <= len(opened) < 2 * views.SAMPLED
+
+
+def test_pictures_that_are_not_there_are_not_missing_from_the_cache(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"a")
+    assert views._count_missing([tmp_path / "gone.png", tmp_path / "a.png"], {"others"}) == 1
+    assert views._count_missing([], {"others"}) == 0
+
+
+def test_features_of_other_pictures_in_the_cache_do_not_count(
+    dataset, make_shapes, tiny_weights, tmp_path, monkeypatch
+):
+    asked = []
+
+    def find(spec, load, device, precision, folder, count_missing):
+        asked.append([count_missing(engine) for engine in ("torch", "openvino")])
+        return "torch"
+
+    monkeypatch.setattr(embedders, "find_engine", find)
+    backbone = backbones.load(backbones.locate("auto", str(tiny_weights)))
+    others = headstart.read(make_shapes(tmp_path / "others", 14, first_seed=100))
+    for pictures in (others, dataset, dataset, others):
+        views.look(pictures, backbone.spec, lambda: backbone, config_with("auto"), lambda items, _: items)
+    assert asked == [[42, 42], [36, 36], [0, 36], [0, 42]]  # those of OpenVINO are kept apart

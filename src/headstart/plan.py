@@ -54,7 +54,7 @@ LINEAR_HEADS = tuple(kind for kind in HEADS if kind != "knn")
 # On features of several depths; the others take long there and were never the best.
 DEEP_HEADS = ("logistic", "means", "blend")
 # With fewer pictures cross-validation cannot tell heads apart: on 36 draws of 20 to 150 pictures the head that it
-# preferred to the blend was worse on others, above all where it took itself for certain.
+# preferred to the blend was worse on others on average, above all where it took itself for certain.
 COMPARABLE = 200  # pictures
 KNN_VECTORS = 20_000  # of features, one for each view of a picture: a model that holds more is no longer small
 
