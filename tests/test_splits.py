@@ -555,3 +555,9 @@ def test_after_both_cuts_every_class_of_three_is_in_all_roles(counts, seed):
     dealt = count(samples, with_select(list(dataset.samples), 0.15, seed))
     for kind in range(len(counts)):
         assert all(dealt[f"c{kind}", role] >= 1 for role in ("fit", "select", "report"))
+
+
+def test_a_picture_outside_and_one_in_the_folder_are_two_whatever_they_are_called():
+    pairs = (("a/0.jpg", "a"), ("/x/a/0.jpg", "a"), ("/x/b/0.jpg", "b"), ("/x/b/1.jpg", "b"))
+    folds = splits.assign_folds([Sample(source, (label,)) for source, label in pairs], {}, 2, seed=0)
+    assert folds[0] != folds[1] and folds[2] != folds[3]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import zipfile
 
 import numpy as np
 import pytest
@@ -141,6 +142,15 @@ def test_pictures_that_are_not_there_are_not_missing_from_the_cache(tmp_path):
     (tmp_path / "a.png").write_bytes(b"a")
     assert views._count_missing([tmp_path / "gone.png", tmp_path / "a.png"], {"others"}) == 1
     assert views._count_missing([], {"others"}) == 0
+
+
+def test_a_member_that_is_damaged_in_its_archive_is_not_missing_from_the_cache(tmp_path):
+    with zipfile.ZipFile(tmp_path / "p.zip", "w") as archive:
+        archive.writestr("a.png", b"content that is stored as it is")
+    content = bytearray((tmp_path / "p.zip").read_bytes())
+    content[content.index(b"content") + 3] ^= 1
+    (tmp_path / "p.zip").write_bytes(content)
+    assert views._count_missing([tmp_path / "p.zip::a.png"], {"others"}) == 0
 
 
 def test_features_of_other_pictures_in_the_cache_do_not_count(

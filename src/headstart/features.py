@@ -67,8 +67,10 @@ class Survey:
     @property
     def ratio(self) -> float:
         """Of the longer side to the shorter one, of the picture that is farthest from a square; 1 without pictures."""
+        if not self.sources:
+            return 1.0
         wide, high = (self.facts[name].astype(float) for name in ("width", "height"))
-        return float(np.max(np.maximum(wide / high, high / wide), initial=1.0))
+        return float(np.max(np.maximum(wide / high, high / wide)))
 
 
 def key_of(spec: Spec) -> str:

@@ -69,10 +69,9 @@ def fit_heads(
     Raises:
         DataError: where a picture has features that are no numbers.
     """
-    finite = np.isfinite(matrix.reshape(len(matrix), -1).sum(1))
-    if not finite.all():
-        source = fitted[int(np.argmin(finite))].source
-        why = f"the features of {len(finite) - finite.sum()} pictures are no finite numbers, of {source!r} first"
+    odd = np.flatnonzero(~np.isfinite(matrix).reshape(len(matrix), -1).all(1))
+    if odd.size:
+        why = f"the features of {odd.size} pictures are no finite numbers, of {fitted[odd[0]].source!r} first"
         raise DataError(dataset.root, why, "Give --precision float32, or take these pictures out.")
     views = matrix.shape[1] if matrix.ndim == 3 else 1
     chosen = splits.draw_enough(fitted, groups, heads.TUNING_ROWS // views, seed + 1)

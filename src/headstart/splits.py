@@ -189,13 +189,16 @@ def _deal(
 def _find_names(samples: Sequence[Sample]) -> Callable[[str], str]:
     """A function from sources to names that tell them apart wherever they lie.
 
-    Sources outside the data set's folder are absolute; what is common to their paths says nothing.
+    Sources outside the data set's folder are absolute; what is common to their paths says nothing. Their names begin
+    with /, as no others do.
     """
     outside = [os.path.dirname(sample.source) for sample in samples if os.path.isabs(sample.source)]
     shared = os.path.commonpath(outside) if outside else ""
 
     def name(source: str) -> str:
-        return os.path.relpath(source, shared).replace(os.sep, "/") if shared and os.path.isabs(source) else source
+        if not shared or not os.path.isabs(source):
+            return source
+        return "/" + os.path.relpath(source, shared).replace(os.sep, "/")
 
     return name
 

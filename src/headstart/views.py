@@ -17,6 +17,7 @@ from headstart import config as configs
 from headstart.backbones import Backbone
 from headstart.config import RunConfig
 from headstart.data import Dataset, Sample
+from headstart.errors import DataError
 from headstart.features import Survey, Track
 from headstart.images import Limits
 from headstart.processes import World
@@ -99,9 +100,15 @@ def look(
 
 def _count_missing(paths: Sequence[Path], held: Container[str]) -> int:
     """About how many pictures' features are not held, told from the content of a few of them."""
+
+    def is_missing(path: Path) -> bool:
+        try:
+            return archives.digest(path) not in held
+        except (OSError, DataError):  # nothing will be computed of it; it is named when it is to be opened
+            return False
+
     some = paths[:: max(1, len(paths) // SAMPLED)]
-    missing = sum(archives.is_file(path) and archives.digest(path) not in held for path in some)
-    return len(paths) * missing // max(1, len(some))
+    return len(paths) * sum(map(is_missing, some)) // max(1, len(some))
 
 
 def survey(
