@@ -55,25 +55,26 @@ class Tapped(nn.Module):
 
     def look(self, pictures: Tensor) -> list[Tensor]:
         """The features of each tap, (n, width)."""
-        caught = self._caught[threading.get_ident()] = {}
-        try:
-            caught[FINAL] = self.inner(pictures)
-            for tap in self.taps:
-                if not can_pool(caught.get(tap)):
-                    why = f"{tap!r} gives no tensor of features when the network runs"
-                    raise UsageError("taps", why, "Name another block.")
-            return [pool(caught[tap], self._last) for tap in self.taps]
-        finally:
-            del self._caught[threading.get_ident()]
+        caught = self._catch(pictures)
+        for tap in self.taps:
+            if tap not in caught:
+                why = f"{tap!r} gives no tensor of features when the network runs"
+                raise UsageError("taps", why, "Name another block.")
+        return [pool(caught[tap], self._last) for tap in self.taps]
 
     def list_usable(self, pictures: Tensor) -> tuple[str, ...]:
         """The taps that give features; several scales at once, or a block that is passed by, give none."""
+        caught = self._catch(pictures)
+        return tuple(tap for tap in self.taps if tap in caught)
+
+    def _catch(self, pictures: Tensor) -> dict[str, Tensor]:
+        """What the taps give, of those that give what can be pooled."""
         caught = self._caught[threading.get_ident()] = {}
         try:
             caught[FINAL] = self.inner(pictures)
-            return tuple(tap for tap in self.taps if can_pool(caught.get(tap)))
         finally:
             del self._caught[threading.get_ident()]
+        return {tap: output for tap, output in caught.items() if can_pool(output)}
 
 
 def find_depths(network: nn.Module, size: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
