@@ -27,8 +27,9 @@ from headstart.backbones import (
     load,
     locate,
 )
-from headstart.embedders import fold_batch_norms, prepare, resolve_device, resolve_precision
+from headstart.embedders import prepare, resolve_device, resolve_precision
 from headstart.errors import BackboneError, HeadstartError, UsageError, WeightsError
+from headstart.folding import fold_batch_norms
 from headstart.images import Preprocess, open_image
 from headstart.zoo import Spec
 
@@ -735,9 +736,20 @@ def test_a_workshop_makes_another_network_and_another_form_of_numbers_ready_by_i
         workshop.prepare(shaped(""), CPU, "float32")
     assert len(prepared) == 5
     asked = []
-    monkeypatch.setattr(embedders, "prepare", lambda *given, **named: asked.append((given[3], named)))
-    for _ in range(2):  # graphs are of one form each
-        workshop.prepare(shaped(), CPU, "float32", engine="openvino", folder=Path("graphs"))
+
+    def note(backbone, device, precision, engine, **options):
+        asked.append((engine, options))
+        return plain
+
+    monkeypatch.setattr(embedders, "prepare", note)
+    for changes in (
+        {},
+        {"views": ("mirror",)},
+        {"fit": "squash"},
+        {"size": 96},
+        {"size": 96},
+    ):  # graphs are of one size
+        workshop.prepare(shaped(**changes), CPU, "float32", engine="openvino", folder=Path("graphs"))
     assert asked == [("openvino", {"folder": Path("graphs")})] * 2
 
 

@@ -178,8 +178,9 @@ def test_a_network_that_openvino_cannot_compile_falls_back_once_for_all(backbone
     caplog.set_level("INFO")
     unknown = Backbone.of(backbone.spec, Decomposing())
     wanted = (unknown.spec, lambda: unknown, CPU, "float32", tmp_path, lambda engine: 10_000)
+    monkeypatch.setattr(embedders, "_time_run", lambda _: 1.0)
     assert find_engine(*wanted) == "torch"
-    assert "its features are computed by PyTorch" in caplog.text
+    assert "does not run in OpenVINO" in caplog.text and "its features are computed by PyTorch" in caplog.text
     monkeypatch.setattr(compiled, "compile_function", lambda *_: pytest.fail("it was tried again"))
     assert find_engine(*wanted) == "torch"
     assert prepare(unknown, CPU, "float32", "torch", tmp_path)(make_pixels(2)).shape == (2, 9)
@@ -235,11 +236,13 @@ def pretended(monkeypatch):
     monkeypatch.setattr(compiled, "find_version", lambda: "2000.0")
     monkeypatch.setattr(compiled, "compile_function", compile_function)
     monkeypatch.setattr(embedders, "time_embedders", lambda *_: (1.0, 0.5))
+    monkeypatch.setattr(embedders, "_time_run", lambda _: 1.0)
     return calls
 
 
-def find_for(backbone, folder, pictures=10_000, device=CPU, precision="float32", load=None):
-    return find_engine(backbone.spec, load or (lambda: backbone), device, precision, folder, lambda engine: pictures)
+def find_for(backbone, folder, pictures=10_000, device=CPU, precision="float32", load=None, looks=1):
+    load = load or (lambda: backbone)
+    return find_engine(backbone.spec, load, device, precision, folder, lambda engine: pictures, looks)
 
 
 def never():
@@ -287,8 +290,54 @@ def test_engines_are_timed_by_turns_on_all_cores(monkeypatch):
 
 
 def test_for_few_pictures_nothing_is_converted(backbone, tmp_path, pretended):
-    assert find_for(backbone, tmp_path, embedders.TRIAL_PICTURES - 1, load=never) == "torch"
+    assert find_for(backbone, tmp_path, embedders.TRIAL_RUNS - 1, load=never) == "torch"
     assert not pretended and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("pictures", "looks", "views", "seconds", "engine"),
+    [
+        (300, 1, 1, 1.0, "openvino"),
+        (100, 3, 1, 1.0, "openvino"),  # three looks to come at each
+        (100, 1, 3, 1.0, "openvino"),  # or three views at once
+        (299, 1, 1, 1.0, "torch"),  # a trial takes about as many runs
+        (99, 3, 1, 1.0, "torch"),
+        (1000, 1, 1, 0.0099, "torch"),  # in PyTorch it is done before the trial would be
+        (1000, 3, 1, 0.0099, "openvino"),
+        (1000, 1, 1, 0.0101, "openvino"),
+    ],
+)
+def test_engines_are_tried_where_pytorch_would_take_long(
+    backbone, tmp_path, monkeypatch, pretended, pictures, looks, views, seconds, engine
+):
+    monkeypatch.setattr(embedders, "_time_run", lambda _: seconds)
+    names = ("plain", "mirror", "zoom")[:views]
+    seen = Backbone(backbone.spec.adapted(views=names), backbone.state_dict())
+    assert find_for(seen, tmp_path, pictures, looks=looks) == engine and bool(pretended) == (engine == "openvino")
+
+
+def test_a_run_is_timed_on_one_picture(backbone, monkeypatch):
+    seen = []
+
+    def embedder(pixels):
+        seen.append(pixels.shape)
+
+    embedder.preprocess = backbone.spec.preprocess
+    assert 0 < embedders._time_run(embedder) < 1
+    assert seen == [(1, 64, 64, 3)] * 2
+
+
+def test_geometries_and_views_share_a_graph_and_its_trial(backbone, tmp_path, monkeypatch, pretended):
+    assert find_for(backbone, tmp_path) == "openvino"
+    monkeypatch.setattr(embedders, "time_embedders", lambda *_: pytest.fail("they were timed again"))
+    for form in ({"fit": "squash"}, {"views": ("plain", "zoom")}):
+        other = Backbone(backbone.spec.adapted(**form), backbone.state_dict())
+        assert find_for(other, tmp_path, load=never) == "openvino"
+        prepare(other, CPU, "float32", "openvino", tmp_path)
+    assert len(set(pretended)) == 1
+    monkeypatch.setattr(embedders, "time_embedders", lambda *_: (1.0, 2.0))
+    larger = Backbone(backbone.spec.adapted(size=96), backbone.state_dict())
+    assert find_for(larger, tmp_path) == "torch" and len(set(pretended)) == 2
 
 
 @pytest.mark.parametrize("given", [{"device": torch.device("cuda")}, {"precision": "float16"}, {"pictures": 0}])
@@ -407,7 +456,7 @@ def look(shapes, backbone, tmp_path):
 
 
 def test_features_of_both_engines_are_kept_apart(look, monkeypatch, pretended):
-    monkeypatch.setattr(embedders, "TRIAL_PICTURES", 36)
+    monkeypatch.setattr(embedders, "TRIAL_RUNS", 36)
     fast = look()
     assert fast.key.endswith("-openvino") and len(pretended) == 2  # for the trial, and to compute
     assert np.array_equal(look().matrix, fast.matrix) and len(pretended) == 2  # all are there
@@ -419,9 +468,10 @@ def test_features_of_both_engines_are_kept_apart(look, monkeypatch, pretended):
 
 
 def test_features_that_pytorch_has_computed_are_used_where_openvino_is_faster_too(look, monkeypatch, pretended):
-    monkeypatch.setattr(embedders, "TRIAL_PICTURES", 36)
+    monkeypatch.setattr(embedders, "TRIAL_RUNS", 36)
     plain = look(30)
-    monkeypatch.setattr(embedders, "TRIAL_PICTURES", 6)
+    monkeypatch.setattr(embedders, "TRIAL_RUNS", 6)
+    monkeypatch.setattr(embedders, "TRIAL_SECONDS", 0.0)
     assert look(30).key == plain.key and not pretended  # nothing is to be computed
     whole = look()
     assert whole.key == plain.key and len(pretended) == 1  # timed, but five times as much would be to do

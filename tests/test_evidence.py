@@ -14,7 +14,7 @@ import headstart
 from headstart import backbones, embedders, evidence, plan, verdicts
 from headstart.data import Dataset, Sample
 from headstart.errors import UsageError
-from headstart.evidence import Choices, Depths, Table
+from headstart.evidence import Choices, Depths, Purse, Table
 from headstart.features import Survey
 from headstart.images import Preprocess
 from headstart.plan import FitHead
@@ -231,6 +231,8 @@ BETTER = {("crop", 16): 1.5, ("squash", 16): 2.0, ("pad", 16): 1.7, ("squash", 3
 class Seen:
     """Pictures of three classes in geometries that tell these apart by a signal each; what was looked at is noted."""
 
+    pace = 0.0
+
     def __init__(self, tmp_path, signals):
         table, numbers = make_table(120, tmp_path)
         self.report = [Sample(f"report {number}.png", ("a",), role="report") for number in range(7)]
@@ -239,7 +241,7 @@ class Seen:
         self.spec, self.asked, self.rows = Spec("net", "timm", "net", {}, Preprocess(16, 1.0)), [], {}
         numbers = np.concatenate([numbers, np.zeros(len(self.report), int)])
         for geometry, signal in signals.items():
-            for seed, view in enumerate(("plain", "mirror")):
+            for seed, view in enumerate(("plain", "mirror", "zoom", "zoom-mirror")):
                 matrix = noisy(numbers, 16, signal, seed)  # the same noise in all geometries
                 self.rows[(*geometry, view)] = dict(zip((sample.source for sample in every), matrix, strict=True))
 
@@ -249,11 +251,11 @@ class Seen:
     def look(self, spec, samples):
         place = spec.preprocess.fit, spec.preprocess.size, *spec.views
         self.asked.append((*place, len(samples)))
-        survey = Survey(tuple(sample.source for sample in samples), (), {}, {}, {})
+        survey = Survey(tuple(sample.source for sample in samples), (), {}, {}, {}, self.pace)
         return View(self.stack(samples, *place), survey, "", "cpu", "float32")
 
-    def gather(self, choices, world=World()):
-        return evidence.gather(self.table, FINAL_ALONE, self.spec, self.stack, self.look, choices, world)
+    def gather(self, choices, world=World(), purse=None, known=None):
+        return evidence.gather(self.table, FINAL_ALONE, self.spec, self.stack, self.look, choices, world, purse, known)
 
 
 def geometries(sight):
@@ -337,6 +339,63 @@ def test_of_several_processes_the_first_one_finds_the_geometry(tmp_path):
 
     seen.asked.clear()
     assert seen.gather(LARGER, Told(see_no_error)).evidence.geometries == () and not seen.asked
+
+
+# Time
+
+EVERY = Choices(fits=("squash", "pad"), larger=32)
+IN_ALL = {**BETTER, ("squash", 32): 2.0}  # with errors left, so that views are tried too
+
+
+@pytest.mark.parametrize(
+    ("seconds", "tried", "views", "refused"),
+    [
+        (None, [("squash", 16), ("pad", 16), ("squash", 32)], 3, 0),
+        # 127 pictures of a second each are to be seen in the end, 120 more for the second fit; four times the pixels
+        # take four times as long; of what is left, no more than half.
+        (1e5, [("squash", 16), ("pad", 16), ("squash", 32)], 3, 0),
+        (2 * 247, [("squash", 16), ("pad", 16)], 2, 2),  # the square of 32 pixels, and all views
+        (2 * 246, [], 2, 3),
+        (2 * 127, [], 2, 3),
+        (2 * 126, [], 0, 5),
+        (0, [], 0, 5),
+        (-3, [], 0, 5),
+    ],
+)
+def test_only_what_there_is_time_for_is_tried(tmp_path, seconds, tried, views, refused):
+    seen = Seen(tmp_path, IN_ALL)
+    sight = seen.gather(EVERY, purse=Purse(lambda: seconds, 1.0))
+    assert geometries(sight) == ([("crop", 16), *tried] if tried else [])
+    assert len(sight.evidence.views) == (1 + views if views else 0)
+    assert len(sight.evidence.untried) == refused
+    assert all("not tried" in why for why in sight.evidence.untried)
+    assert set(sight.evidence.untried) <= set(verdicts.describe_evidence(sight.evidence))
+    assert sight.rows(seen.report).shape[0] == 7
+
+
+def test_how_long_a_picture_takes_is_learned_from_the_looks(tmp_path):
+    seen = Seen(tmp_path, IN_ALL)
+    seen.pace = 4.0  # at the first look, of 16 pixels a side
+    sight = seen.gather(EVERY, purse=Purse(lambda: 1000.0))  # which four times the pixels would exceed
+    assert geometries(sight) == [("crop", 16), ("squash", 16), ("pad", 16)]
+    assert any(
+        "32 pixels: not tried, that would take about 34 min of the 17 min" in why for why in sight.evidence.untried
+    )
+    larger = Seen(tmp_path, {**IN_ALL, ("crop", 32): 1.7})
+    larger.pace = 4.0  # at 32 pixels a side: 1 at 16
+    purse = Purse(lambda: 1000.0)
+    assert geometries(larger.gather(dataclasses.replace(LARGER, fits=()), purse=purse)) == [("crop", 16), ("crop", 32)]
+    assert purse.pays("500", 500) and not purse.pays("501", 501)
+
+
+def test_what_was_known_is_not_measured_again_whatever_there_is_time_for(tmp_path, monkeypatch):
+    first, again = Seen(tmp_path, IN_ALL), Seen(tmp_path, IN_ALL)
+    found = first.gather(EVERY, purse=Purse(lambda: 2 * 247, 1.0))
+    monkeypatch.setattr(evidence, "weigh_depths", lambda *_: pytest.fail("it was measured again"))
+    for seconds in (None, 0.0):
+        sight = again.gather(EVERY, purse=Purse(lambda seconds=seconds: seconds, 1.0), known=found.evidence)
+        assert (sight.spec, sight.evidence) == (found.spec, found.evidence)
+        assert np.array_equal(sight.rows(again.report), found.rows(first.report))
 
 
 class Flat(torch.nn.Module):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import headstart
-from headstart import backbones, fitting, phases, training, verdicts
+from headstart import backbones, evidence, fitting, phases, training, verdicts
 from headstart.bench import Bench
 from headstart.config import resolve
 from headstart.engine import Adapted, Training
@@ -176,6 +176,15 @@ def test_where_the_fitted_head_is_taken_it_is_the_one_of_a_run_without_training(
     assert (tried.plan.strategy, tried.plan.trains, plain.plan.trains) == ("probe", True, False)
     np.testing.assert_array_equal(tried.evaluation.probabilities, plain.evaluation.probabilities)
     assert "taken" in json.loads((tmp_path / "tried/plan.json").read_text())["reasons"]
+
+
+def test_a_run_goes_on_with_the_evidence_that_it_had(many, tiny_weights, tmp_path, monkeypatch, doubtful):
+    made = headstart.train(many, tmp_path / "run", dry_run=True, **options(tiny_weights))
+    gather, known = evidence.gather, []
+    monkeypatch.setattr(evidence, "gather", lambda *given: known.append(given[-1]) or gather(*given))
+    monkeypatch.setattr(evidence, "weigh_depths", lambda *_: pytest.fail("it was measured again"))
+    again = headstart.train(many, tmp_path / "run", dry_run=True, **options(tiny_weights))
+    assert known == [made.evidence] == [again.evidence] and again.phases == made.phases
 
 
 def test_a_run_that_was_interrupted_goes_on_by_the_pace_it_had(many, tiny_weights, tmp_path, monkeypatch, doubtful):

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import pytest
 
@@ -8,6 +9,7 @@ from headstart.verdicts import (
     LEAST_SELECT,
     TUNED_EPOCHS,
     VIEW_SETS,
+    Curve,
     Evidence,
     Outlook,
     Variant,
@@ -24,6 +26,7 @@ from headstart.verdicts import (
     list_fits,
     read_time,
     show_time,
+    weigh_look,
     weigh_time,
 )
 
@@ -64,6 +67,37 @@ def test_there_are_as_many_epochs_as_the_time_allows(left, epochs):
     assert choose_epochs(Outlook(8.0, 1.0, 3.0, left), TUNED_EPOCHS) == epochs
 
 
+@pytest.mark.parametrize(
+    ("seconds", "left", "words"),
+    [
+        (1e9, None, ""),  # no budget
+        (0.0, 10.0, ""),
+        (5.0, 10.0, ""),
+        (5.1, 10.0, "views all: not tried, that would take about 5 s of the 10 s left"),
+        (300.0, 240.0, "views all: not tried, that would take about 5 min of the 4 min left"),
+        (0.0, 0.0, ""),  # is there already
+        (0.1, 0.0, "views all: not tried, nothing is left of the budget"),
+        (0.0, -3.0, ""),
+        (0.1, -3.0, "views all: not tried, nothing is left of the budget"),
+    ],
+)
+def test_a_look_may_take_half_of_what_is_left(seconds, left, words):
+    assert weigh_look("views all", seconds, left) == words
+
+
+@pytest.mark.parametrize("curve", [None, Curve(((10, 0.3), (20, 0.2)), 80, 0.1, 0.12, 0.08)])
+def test_evidence_comes_back_from_a_plan_as_it_was(curve):
+    found = Evidence(
+        (variant(accuracy=0.9), variant((FINAL,), 0.4)),
+        (variant(), dataclasses.replace(variant(), views=("plain", "mirror"))),
+        curve,
+        0.3,
+        (dataclasses.replace(variant(), fit="squash", size=288),),
+        ("views all: not tried",),
+    )
+    assert Evidence.from_json(json.loads(json.dumps(dataclasses.asdict(found)))) == found
+
+
 def test_fewer_epochs_than_the_least_are_none():
     assert choose_epochs(Outlook(8.0, 0.0, 4.0, 44.0), 60, least=5) == 5
     assert choose_epochs(Outlook(8.0, 0.0, 4.0, 43.9), 60, least=5) == 0
@@ -80,7 +114,8 @@ def test_before_steps_are_timed_all_epochs_are_thought_possible():
         (AMPLE, TUNED_EPOCHS, "then 6 epochs over the last blocks, of about 52 s"),
         (Outlook(8.0, 0.0, 4.0, 41.0), 4, "4 epochs"),
         (Outlook(80.0, 0.0, 40.0, 270.0), 0, "the last blocks: not trained, 3 epochs would take about 5 min, and 4 m"),
-        (Outlook(80.0, 0.0, 40.0, -3.0), 0, "and 0 s of the budget are left"),
+        (Outlook(80.0, 0.0, 40.0, 0.0), 0, "the last blocks: not trained, nothing is left of the budget"),
+        (Outlook(80.0, 0.0, 40.0, -3.0), 0, "nothing is left of the budget"),
     ],
 )
 def test_whether_there_is_time_is_said_with_figures(outlook, epochs, words):

@@ -158,7 +158,7 @@ def test_features_of_other_pictures_in_the_cache_do_not_count(
 ):
     asked = []
 
-    def find(spec, load, device, precision, folder, count_missing):
+    def find(spec, load, device, precision, folder, count_missing, looks, prepare):
         asked.append([count_missing(engine) for engine in ("torch", "openvino")])
         return "torch"
 
@@ -168,3 +168,22 @@ def test_features_of_other_pictures_in_the_cache_do_not_count(
     for pictures in (others, dataset, dataset, others):
         views.look(pictures, backbone.spec, lambda: backbone, config_with("auto"), lambda items, _: items)
     assert asked == [[42, 42], [36, 36], [0, 36], [0, 42]]  # those of OpenVINO are kept apart
+
+
+def test_it_is_told_how_many_looks_there_will_be_and_who_makes_the_network_ready(dataset, tiny_weights, monkeypatch):
+    asked = []
+    monkeypatch.setattr(embedders, "find_engine", lambda *given: asked.append(given[-2:]) or "torch")
+    backbone, workshop = backbones.load(backbones.locate("auto", str(tiny_weights))), embedders.Workshop()
+    config, prepare = config_with("auto"), workshop.prepare
+    for looks in (3, 5):
+        views.look(
+            dataset, backbone.spec, lambda: backbone, config, lambda items, _: items, prepare=prepare, looks=looks
+        )
+    assert asked == [(3, prepare), (5, prepare)] and len(workshop.made) == 1
+
+
+def test_how_long_a_picture_took_is_told_where_any_was_computed(dataset, tiny_weights, monkeypatch):
+    backbone = backbones.load(backbones.locate("auto", str(tiny_weights)))
+    given = (dataset, backbone.spec, lambda: backbone, config_with("auto"), lambda items, _: items)
+    first, second = views.look(*given).survey, views.look(*given).survey
+    assert 0 < first.pace < 1 and second.pace == 0

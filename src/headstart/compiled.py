@@ -1,4 +1,4 @@
-"""Functions of pictures compiled for CPUs by OpenVINO, their graphs kept on disk; needs the extra `headstart[fast]`.
+"""Functions compiled for CPUs by OpenVINO, their graphs kept on disk; needs the extra `headstart[fast]`.
 
 OpenVINO and torch are imported where they are used. Importing OpenVINO as it comes, and its `convert_model`, report to
 its makers over the network; here neither happens.
@@ -43,19 +43,19 @@ class Graph:
     batch_size: int
     _own: threading.local = field(default_factory=threading.local)  # every thread has a request of its own
 
-    def __call__(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """The function's rows (n, ...) for pixels (n, size, size, 3); n may be any number from 1."""
-        starts = range(0, len(pixels), self.batch_size)
-        return np.concatenate([self._infer(pixels[start : start + self.batch_size]) for start in starts])
+    def __call__(self, inputs: NDArray[Any]) -> NDArray[np.float32]:
+        """The function's rows (n, ...) for inputs (n, ...) such as the example's; n may be any number from 1."""
+        starts = range(0, len(inputs), self.batch_size)
+        return np.concatenate([self._infer(inputs[start : start + self.batch_size]) for start in starts])
 
-    def _infer(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def _infer(self, inputs: NDArray[Any]) -> NDArray[np.float32]:
         """The rows of up to a batch, filled up: compiled for one shape, a graph is fastest, and gives the same bits."""
         if not hasattr(self._own, "request"):
             self._own.request = self.model.create_infer_request()
-        batch = np.zeros((self.batch_size, *pixels.shape[1:]), np.uint8)
-        batch[: len(pixels)] = pixels
+        batch = np.zeros((self.batch_size, *inputs.shape[1:]), inputs.dtype)
+        batch[: len(inputs)] = inputs
         rows: NDArray[np.float32] = self._own.request.infer([batch])[0]
-        return rows[: len(pixels)]
+        return rows[: len(inputs)]
 
 
 def find_version() -> str:
@@ -69,10 +69,10 @@ def find_version() -> str:
 def compile_function(
     function: Callable[[torch.Tensor], torch.Tensor], example: torch.Tensor, precision: str, threads: int, file: Path
 ) -> Graph | None:
-    """A function of pictures as a graph, from disk where it is there; None where OpenVINO cannot, and that is logged.
+    """A function as a graph, from disk where it is there; None where OpenVINO cannot, and that is logged.
 
     Args:
-        function: pixels, uint8 (n, size, size, 3), -> rows (n, ...), by PyTorch on the CPU, without gradients.
+        function: inputs (n, ...) -> rows (n, ...), by PyTorch on the CPU, without gradients.
         example: one batch; the graph takes batches of its shape.
         precision: `bfloat16` or `float32`, which it computes in.
         threads: how many threads will call it at once; each call gets one core.
@@ -117,19 +117,20 @@ def _failures(openvino: Any) -> tuple[type[Exception], ...]:
 
 
 def _convert(function: Callable[[torch.Tensor], torch.Tensor], example: torch.Tensor) -> Any:
-    """The function as OpenVINO's model, found by running the example; for batches of its shape alone."""
+    """The function as OpenVINO's model, found by running a part of the example; for batches of its shape alone."""
     import torch
 
     decoders = importlib.import_module("openvino.frontend.pytorch.ts_decoder")
     frontend = sys.modules["openvino"].frontend.FrontEndManager().load_by_framework("pytorch")
 
     class Module(torch.nn.Module):  # the only kind of function that it takes
-        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-            return function(pixels)
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            return function(inputs)
 
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # tracing is deprecated, and takes shapes for constants: here they are
-        decoder = decoders.TorchScriptPythonDecoder(Module(), example_input=(example,))
+        # Of one picture, the batch would be seen as a side that can be left out.
+        decoder = decoders.TorchScriptPythonDecoder(Module(), example_input=(example[:2],))
     model = frontend.convert(frontend.load(decoder))
     model.reshape(list(example.shape))
     return model

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
 import math
 import statistics
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,17 +43,23 @@ LEAST_COSINE = {"float32": 0.9999, "bfloat16": 0.99, "float16": 0.99}  # to the 
 # Of what tells pictures apart: bfloat16 leaves 0.993 of EfficientNet-Lite0's, by PyTorch as by OpenVINO.
 LEAST_LIKENESS = {"float32": 0.999, "bfloat16": 0.98}
 LEAST_GAIN = 1.1  # for less, a second engine is not worth its features of other bits
-# From so many pictures a trial pays: on two cores, EfficientNet-Lite0's took 3 s and saved 1.7 ms of each picture.
-TRIAL_PICTURES = 2000
+# A trial pays from so many runs of a network, for which PyTorch takes so many seconds: it takes a hundred runs itself,
+# and two seconds or three to convert the network, and saves about half of the time of those that follow.
+TRIAL_RUNS, TRIAL_SECONDS = 300, 10.0
 START_SECONDS = 0.5  # that importing OpenVINO and reading a graph take
-ROUNDS = 4  # in which engines are timed by turns
+ROUNDS = 2  # in which engines are timed by turns
 
 
 @dataclass(frozen=True, eq=False)
 class Embedder:
-    """A backbone made ready to run: batch norms folded, channels-last, in the number format the machine is fast in.
+    """A backbone made ready to run, in the number format the machine is fast in.
 
-    Where there is a `graph`, that is what runs: the same, compiled.
+    Args:
+        network: normalised pictures (n, 3, size, size) -> features (n, dim).
+        preprocess: how pictures become its input.
+        device: where it runs.
+        dtype: the number format.
+        views: of each picture.
     """
 
     network: nn.Module
@@ -61,7 +67,6 @@ class Embedder:
     device: torch.device
     dtype: torch.dtype
     views: tuple[View, ...] = ("plain",)
-    graph: Compute | None = None
 
     def __call__(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Features of pixels of `Preprocess.apply`, (n, size, size, 3); on one core of the calling thread.
@@ -70,8 +75,6 @@ class Embedder:
         """
         import torch
 
-        if self.graph is not None:
-            return self.graph(pixels)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
@@ -125,6 +128,8 @@ def prepare(
     """
     import torch
 
+    from headstart.folding import fold_batch_norms
+
     if engine == "openvino":
         assert folder is not None  # as `find_engine` had one
         return _prepare_compiled(backbone, precision, folder)
@@ -155,7 +160,7 @@ def prepare(
 
 @dataclass(eq=False)
 class Workshop:
-    """Makes forms of one network ready that differ in geometry and views alone: what PyTorch runs is made once."""
+    """Makes forms of one network ready that differ in geometry and views alone: what runs is made once."""
 
     made: dict[tuple[object, ...], Embedder] = field(default_factory=dict)
 
@@ -164,9 +169,10 @@ class Workshop:
     ) -> Embedder:
         """As `prepare`, by which it is tried that a number format leaves the features; that is not tried again."""
         spec = backbone.spec
-        if engine != "torch" or not spec.digest:  # without a digest a network is not recognised again
+        if not spec.digest:  # without a digest a network is not recognised again
             return prepare(backbone, device, precision, engine, **options)
-        key = spec.digest, spec.taps, device, precision
+        size = spec.preprocess.size if engine == "openvino" else 0  # graphs are of one size each
+        key = spec.digest, spec.taps, device, precision, engine, size
         if key not in self.made:
             self.made[key] = prepare(backbone, device, precision, engine, **options)
         return dataclasses.replace(self.made[key], preprocess=spec.preprocess, views=spec.views)
@@ -174,13 +180,13 @@ class Workshop:
 
 @dataclass(frozen=True)
 class EngineSeconds:
-    """Seconds that a picture takes with each engine, all cores at work; infinite where an engine cannot be used."""
+    """Seconds of a network's run for a picture with each engine, on all cores; infinite where one cannot be used."""
 
     torch: float
     openvino: float
 
     def find_best(self, by_torch: int, by_openvino: int) -> Engine:
-        """The engine that is done first, with as many pictures as each has before it."""
+        """The engine that is done first, with as many runs as each has before it."""
         if self.openvino * LEAST_GAIN > self.torch:
             return "torch"
         start = START_SECONDS if by_openvino else 0.0  # nothing is imported where all features are there
@@ -194,10 +200,12 @@ def find_engine(
     precision: str,
     folder: Path,
     count_missing: Callable[[Engine], int],
+    looks: int = 1,
+    prepare: Callable[..., Embedder] = prepare,
 ) -> Engine:
     """`openvino` where it is installed, gives a network's features and gives them sooner; `torch` else.
 
-    Both are timed once per network and machine; the answer and the graph are kept.
+    Both are timed once per network, size of its input and machine; the answer and the graph are kept.
 
     Args:
         spec: the network.
@@ -207,31 +215,54 @@ def find_engine(
         folder: where answers and graphs are kept.
         count_missing: gives how many pictures' features an engine would have to compute. Where they are few, nothing is
             converted and timed.
+        looks: about how many there will be, this one and others in other ways.
+        prepare: makes the network ready to run.
     """
     installed = device.type == "cpu" and precision in compiled.HINTS and compiled.find_version()
-    by_torch = count_missing("torch") if installed and spec.digest else 0  # without a digest it is not recognised again
-    if not by_torch:
+    missing = count_missing("torch") if installed and spec.digest else 0  # without a digest it is not recognised again
+    if not missing:
         return "torch"
+    by_torch = missing * len(spec.views)
     file = _place(spec, precision, folder).with_suffix(".json")
     seconds = _recall(file)
     if seconds is None:
-        if by_torch < TRIAL_PICTURES:
+        if by_torch * looks < TRIAL_RUNS:
             return "torch"
-        seconds = _time_engines(load(), precision, folder)
+        backbone = load()
+        plain = dataclasses.replace(prepare(backbone, device, precision), views=("plain",))
+        if by_torch * looks * _time_run(plain) < TRIAL_SECONDS:
+            return "torch"
+        seconds = _time_engines(
+            plain, functools.partial(prepare, backbone, device, precision, "openvino", folder=folder)
+        )
         _keep(file, seconds)
-    return seconds.find_best(by_torch, count_missing("openvino"))
+    return seconds.find_best(by_torch, count_missing("openvino") * len(spec.views))
 
 
-def _time_engines(backbone: Backbone, precision: str, folder: Path) -> EngineSeconds:
-    import torch
+def _time_run(embedder: Embedder) -> float:
+    """About how many seconds a run for one picture takes, all cores at work."""
+    pixels = draw_pictures(embedder.preprocess.size)[:1]
+    embedder(pixels)  # generates routines
+    start = time.perf_counter()
+    embedder(pixels)
+    return (time.perf_counter() - start) / count_cpus()
 
-    plain, graph = prepare(backbone, torch.device("cpu"), precision), _compile(backbone, precision, folder)
-    if graph is None:
-        log.info("%s: its features are computed by PyTorch", backbone.spec.name)
+
+def _time_engines(plain: Embedder, compile_it: Callable[[], Embedder]) -> EngineSeconds:
+    """Seconds of a run with each engine.
+
+    Args:
+        plain: the network in PyTorch, with a single view.
+        compile_it: gives it in OpenVINO.
+    """
+    try:
+        graph = dataclasses.replace(compile_it(), views=plain.views)
+    except BackboneError as error:
+        log.info("%s; its features are computed by PyTorch", error)
         return EngineSeconds(0.0, math.inf)
-    seconds = EngineSeconds(*time_embedders((plain, graph), draw_pictures(backbone.spec.preprocess.size)))
+    seconds = EngineSeconds(*time_embedders((plain, graph), draw_pictures(plain.preprocess.size)))
     shown = f"PyTorch {1 / seconds.torch:.0f}, OpenVINO {1 / seconds.openvino:.0f}"
-    log.info("%s: features by PyTorch or OpenVINO timed, pictures a second: %s", backbone.spec.name, shown)
+    log.info("features by PyTorch or OpenVINO timed, pictures a second: %s", shown)
     return seconds
 
 
@@ -253,55 +284,58 @@ def time_embedders(embedders: tuple[Compute, Compute], pixels: NDArray[np.uint8]
 
 
 def _prepare_compiled(backbone: Backbone, precision: str, folder: Path) -> Embedder:
-    embedder = _compile(backbone, precision, folder)
-    if embedder is None:
-        file = _place(backbone.spec, precision, folder).with_suffix(".json")
-        why = "does not run in OpenVINO, though it did when it was timed"
-        raise BackboneError(backbone.spec.name, why, f"Delete {file}: PyTorch is used then.")
-    return embedder
+    """The backbone compiled, or read from disk.
 
-
-def _compile(backbone: Backbone, precision: str, folder: Path) -> Embedder | None:
-    """The backbone compiled, or read from disk; None where it cannot be, or leaves the plain network's features."""
+    Raises:
+        BackboneError: where it cannot be, or leaves the plain network's features.
+    """
     import torch
 
     from headstart.taps import Tapped
 
-    spec = backbone.spec
-    network = copy.deepcopy(backbone.network).cpu().requires_grad_(False)
-    plain = Embedder(network, spec.preprocess, torch.device("cpu"), torch.float32, spec.views)
-    pixels = draw_pictures(spec.preprocess.size)
+    spec, device = backbone.spec, torch.device("cpu")
+    network = copy.deepcopy(backbone.network).to(device).requires_grad_(False)
+    example = spec.preprocess.normalise(torch.from_numpy(draw_pictures(spec.preprocess.size))).contiguous()
     file = _place(spec, precision, folder).with_suffix(compiled.SUFFIX)
-    graph = compiled.compile_function(plain.embed, torch.from_numpy(pixels), precision, count_cpus(), file)
+    graph = compiled.compile_function(network, example, precision, count_cpus(), file)
+    answer = _place(spec, precision, folder).with_suffix(".json")
+    remedy = f"Delete {answer}, by which it did: PyTorch is used then."
     if graph is None:
-        return None
+        raise BackboneError(spec.name, "does not run in OpenVINO", remedy)
     with torch.inference_mode():
-        expected = plain.embed(torch.from_numpy(pixels))
-        first = spec.preprocess.normalise(torch.from_numpy(pixels[:1]))
-        depths = network.look(first) if isinstance(network, Tapped) else [network(first)]
-    likeness = compare_features(torch.from_numpy(graph(pixels)), expected, [rows.shape[1] for rows in depths])
+        depths = network.look(example) if isinstance(network, Tapped) else [network(example)]
+    likeness = compare_features(torch.from_numpy(graph(example.numpy())), depths)
     if not likeness >= LEAST_LIKENESS[precision]:
-        log.info("%s: OpenVINO would change the features (cosine %.4f)", spec.name, likeness)
-        return None
-    return dataclasses.replace(plain, dtype=getattr(torch, precision), graph=graph)
+        raise BackboneError(spec.name, f"has other features in OpenVINO (cosine {likeness:.4f})", remedy)
+    return Embedder(_as_module(graph), spec.preprocess, device, getattr(torch, precision), spec.views)
 
 
-def compare_features(found: torch.Tensor, expected: torch.Tensor, widths: list[int]) -> float:
-    """How alike is what tells pictures apart: the least cosine, without the pictures' mean, of any depth and view.
+def _as_module(graph: Callable[[NDArray[Any]], NDArray[np.float32]]) -> nn.Module:
+    """A compiled network as PyTorch's own; whatever numbers it computes in, it takes float32."""
+    import torch
+
+    class Compiled(torch.nn.Module):
+        def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+            return torch.from_numpy(graph(pictures.float().contiguous().numpy()))
+
+    return Compiled()
+
+
+def compare_features(found: torch.Tensor, depths: Sequence[torch.Tensor]) -> float:
+    """How alike is what tells pictures apart: the least cosine, without the pictures' mean, of any depth.
 
     With the mean, features of all pictures are alike, and anything would do.
 
     Args:
-        found: features (n, views x sum of widths) of some pictures that are not alike.
-        expected: what they should be.
-        widths: of the depths.
+        found: features (n, sum of widths) of some pictures that are not alike.
+        depths: what they should be, (n, width) each.
     """
     import torch
 
-    repeated = widths * (expected.shape[1] // sum(widths))
+    parts = torch.split(found, [rows.shape[1] for rows in depths], 1)
     likeness = [
         torch.nn.functional.cosine_similarity(ours - theirs.mean(0), theirs - theirs.mean(0)).min()
-        for ours, theirs in zip(torch.split(found, repeated, 1), torch.split(expected, repeated, 1), strict=True)
+        for ours, theirs in zip(parts, depths, strict=True)
     ]
     return float(torch.stack(likeness).min())
 
@@ -325,11 +359,15 @@ def draw_pictures(size: int) -> NDArray[np.uint8]:
 
 
 def _place(spec: Spec, precision: str, folder: Path) -> Path:
-    """Where what belongs to a network, number format and machine is kept; suffixes say what it is."""
+    """Where what belongs to a network, number format and machine is kept; suffixes say what it is.
+
+    How pictures become the network's input is none of it, but for their size.
+    """
     import torch
 
+    bare = dataclasses.replace(spec, preprocess=Preprocess(spec.preprocess.size), views=("plain",))
     machine = [_find_capabilities(), count_cpus(), torch.__version__, compiled.find_version()]
-    described = json.dumps([features.key_of(spec), precision, *machine], sort_keys=True)
+    described = json.dumps([features.key_of(bare), precision, *machine], sort_keys=True)
     return folder / hashlib.sha256(described.encode()).hexdigest()[:32]
 
 
@@ -350,73 +388,6 @@ def _keep(file: Path, seconds: EngineSeconds) -> None:
         write_whole(file, json.dumps(dataclasses.asdict(seconds)).encode())
     except OSError as error:
         log.info("%s cannot be written (%s): the engines will be timed again", file, error.strerror)
-
-
-def fold_batch_norms(network: nn.Module, example: torch.Tensor) -> int:
-    """Fold each batch norm that directly follows a convolution into its weights, in place; how many there were.
-
-    Pairs are found by running the example and seeing whose output is whose input, so it needs no names. An activation
-    that timm keeps inside its batch norm stays. Where the example's output is not what it was (the convolution's own
-    output was used elsewhere too), everything is put back.
-    """
-    from torch import nn
-    from torch.nn.utils.fusion import fuse_conv_bn_weights
-
-    expected, pairs = _find_pairs(network, example)
-    names = {module: name for name, module in network.named_modules()}
-    replaced = []
-    for conv, norm in pairs:
-        assert norm.running_mean is not None and norm.running_var is not None  # as `_find_pairs` chose them
-        replaced.append((conv, conv.weight, conv.bias, norm))
-        conv.weight, conv.bias = fuse_conv_bn_weights(
-            conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-        )
-        rest = [getattr(norm, name) for name in ("drop", "act") if isinstance(getattr(norm, name, None), nn.Module)]
-        _replace(network, names[norm], nn.Sequential(*(m for m in rest if type(m) is not nn.Identity)))
-    found = network(example)
-    if (found - expected).abs().max() <= 1e-3 * expected.abs().max():
-        return len(pairs)
-    for conv, weight, bias, norm in replaced:
-        conv.weight, conv.bias = weight, bias
-        _replace(network, names[norm], norm)
-    return 0
-
-
-def _find_pairs(
-    network: nn.Module, example: torch.Tensor
-) -> tuple[torch.Tensor, list[tuple[nn.Conv2d, nn.BatchNorm2d]]]:
-    """(the example's output, convolutions and the batch norms with fixed statistics that they alone feed)."""
-    from torch import nn
-
-    producers: dict[int, tuple[nn.Conv2d, torch.Tensor]] = {}
-    pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
-    uses: Counter[nn.Module] = Counter()
-
-    def after(module: nn.Module, inputs: object, output: torch.Tensor) -> None:
-        uses[module] += 1
-        if isinstance(module, nn.Conv2d):
-            producers[id(output)] = module, output  # keeping the output keeps its id its own
-
-    # Somebody looks at what these give, or a part of them.
-    tapped = {module for module in network.modules() if any(part._forward_hooks for part in module.modules())}
-
-    def before(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        if isinstance(module, nn.BatchNorm2d) and module not in tapped and id(inputs[0]) in producers:
-            pairs.append((producers[id(inputs[0])][0], module))
-
-    hooks = [m.register_forward_hook(after) for m in network.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]
-    hooks += [m.register_forward_pre_hook(before) for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
-    output = network(example)
-    for hook in hooks:
-        hook.remove()
-    shared = Counter(conv for conv, _ in pairs)
-    alone = [pair for pair in pairs if shared[pair[0]] == uses[pair[0]] == uses[pair[1]] == 1]
-    return output, [(conv, norm) for conv, norm in alone if norm.running_mean is not None]
-
-
-def _replace(network: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(network.get_submodule(parent), child, module)
 
 
 def resolve_device(name: str) -> torch.device:

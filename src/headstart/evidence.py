@@ -17,6 +17,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,7 +47,9 @@ from headstart.verdicts import (
     enlarge,
     is_little_left,
     list_views,
+    name_views,
     promises_more,
+    weigh_look,
 )
 from headstart.views import View
 from headstart.zoo import Spec
@@ -139,6 +142,61 @@ class Choices:
     larger: int = 0
 
 
+class Purse:
+    """What is left of a time budget, and how much of it a look at pictures takes.
+
+    Args:
+        left: gives the seconds that are left; None where there is no budget.
+        pace: seconds that a picture takes at the network's own size; 0: not known yet.
+        world: this process among others, which have to decide alike.
+    """
+
+    def __init__(self, left: Callable[[], float | None] = lambda: None, pace: float = 0.0, world: World = World()):
+        self._left, self._pace, self._world = left, pace, world
+        self.refused: list[str] = []  # what there was no time for, in words
+
+    def pays(self, what: str, pictures: float) -> bool:
+        """Whether there is time to look at so many pictures."""
+        why: str = self._world.tell(weigh_look(what, pictures * self._pace, self._left()))
+        self.refused += filter(None, (why,))
+        return not why
+
+    def note(self, pace: float) -> None:
+        """Take note of how long a picture took: the slowest look counts."""
+        self._pace = max(self._pace, pace)
+
+
+class Album:
+    """Features of pictures in several geometries and views; each picture is looked at once in each.
+
+    Args:
+        spec: the network.
+        own: pictures -> their features by that, (n, dim).
+        look: (the network in another geometry or with another view, pictures) -> its view of them.
+        purse: takes note of how long it takes.
+    """
+
+    def __init__(self, spec: Spec, own: Look, look: Callable[[Spec, Sequence[Sample]], View], purse: Purse) -> None:
+        self.spec, self.purse = spec, purse
+        self._own, self._look = own, look
+        self._seen: defaultdict[tuple[Any, ...], dict[str, NDArray[np.float32]]] = defaultdict(dict)
+
+    def rows(self, spec: Spec, samples: Sequence[Sample]) -> NDArray[np.float32]:
+        """The features (n, dim) of some pictures."""
+        if spec == self.spec:
+            return self._own(samples)
+        seen = self._seen[spec.preprocess.fit, spec.preprocess.size, spec.views]  # source -> row, of the last look
+        if not {sample.source for sample in samples} <= seen.keys():
+            view = self._look(spec, samples)
+            self.purse.note(view.survey.pace / self.enlargement(spec.preprocess.size))
+            seen.update(zip([sample.source for sample in samples], view.rows(samples)))
+        return np.stack([seen[sample.source] for sample in samples])
+
+    def enlargement(self, size: int) -> float:
+        """How many times as many pixels as in the network's own square are in one of so many a side."""
+        return (size / self.spec.preprocess.size) ** 2
+
+
 @dataclass(frozen=True, eq=False)
 class Sight:
     """What heads are fitted on.
@@ -162,8 +220,10 @@ def gather(
     look: Callable[[Spec, Sequence[Sample]], View],
     choices: Choices = Choices(),
     world: World = World(),
+    purse: Purse | None = None,
+    known: Evidence | None = None,
 ) -> Sight:
-    """The geometry, depths and views that tell the classes of some pictures apart best.
+    """The geometry, depths and views that tell the classes of some pictures apart best, as far as there is time.
 
     Of several processes each one measures, as all are needed to look at pictures, and the first one's figures count.
 
@@ -175,45 +235,56 @@ def gather(
         look: (network with a single view, pictures) -> that view of them.
         choices: what is to be chosen beside depths.
         world: this process among others.
+        purse: what there is time for; None: everything.
+        known: what was found before the run was interrupted, which it goes on with.
     """
-    geometries = weigh_geometries(table, depths.taps, spec, rows, look, choices, world)
-    if geometries:
-        best = choose_geometry(geometries)
-        if best is not geometries[0]:
-            spec = spec.adapted(size=best.size, fit=best.fit)
-            rows = look(spec, table.dataset.samples).rows
-    wanted = choices.views
-    variants = world.tell(weigh_depths(table, rows(table.samples), depths))
-    chosen = choose_variant(variants)
+    album = Album(spec, rows, look, purse or Purse())
+    found = known or world.tell(_find(table, depths, album, choices, world))
+    placed, views = _place(spec, found.geometries), choose_views(found.views, choices.views)
+    chosen = choose_variant(found.variants)
     columns = depths.columns(chosen.taps)
-    seen: defaultdict[ViewName, dict[str, NDArray[np.float32]]] = defaultdict(dict)  # source -> row, of the last look
-
-    def plain(samples: Sequence[Sample]) -> NDArray[np.float32]:
-        return np.ascontiguousarray(rows(samples)[:, columns])
 
     def see(samples: Sequence[Sample], view: ViewName) -> NDArray[np.float32]:
-        if view == "plain":
-            return plain(samples)
-        if not {sample.source for sample in samples} <= seen[view].keys():
-            found = look(spec.adapted(views=(view,)), samples).rows(samples)
-            seen[view] = dict(zip([sample.source for sample in samples], np.ascontiguousarray(found[:, columns])))
-        return np.stack([seen[view][sample.source] for sample in samples])
-
-    matrix, common = plain(table.samples), table.common()
-    most = ROOM_BYTES // (matrix.itemsize * len(matrix) * (matrix.shape[1] + len(table.dataset.classes)))
-    sets = list_views(chosen, choices.symmetry, common, most) if wanted == "auto" else ()
-    if most < LARGEST_SET and wanted == "auto":
-        log.info("views: there is memory for the features of %d at most", max(1, most))
-    weighed = weigh_views(table, see, sets, chosen.taps, world)
-    found = world.tell(Evidence(variants, weighed, draw_curve(table, matrix, chosen), common, geometries))
-    views = choose_views(found.views, wanted)
+        return np.ascontiguousarray(album.rows(placed.adapted(views=(view,)), samples)[:, columns])
 
     def stack(samples: Sequence[Sample]) -> NDArray[np.float32]:
-        return np.stack([see(samples, view) for view in views], 1)
+        return np.stack([see(samples, view) for view in views], 1) if len(views) > 1 else see(samples, *views)
 
     taps = () if chosen.taps == (FINAL,) else chosen.taps
-    sight = dataclasses.replace(spec, taps=taps, views=views)
-    return Sight(sight, found, plain if len(views) == 1 else stack)
+    return Sight(dataclasses.replace(placed, taps=taps, views=views), found, stack)
+
+
+def _place(spec: Spec, geometries: Sequence[Variant]) -> Spec:
+    """The network in the best of some geometries."""
+    if not geometries:
+        return spec
+    best = choose_geometry(geometries)
+    return spec.adapted(size=best.size, fit=best.fit)
+
+
+def _find(table: Table, depths: Depths, album: Album, choices: Choices, world: World) -> Evidence:
+    """What there is to be found about geometries, then in the best one about depths, then about views of these."""
+    geometries = weigh_geometries(table, depths.taps, album, choices, world)
+    spec, purse = _place(album.spec, geometries), album.purse
+    if spec != album.spec:
+        album.rows(spec, table.dataset.samples)  # those of the report at once with the others
+    matrix, common = album.rows(spec, table.samples), table.common()
+    variants = world.tell(weigh_depths(table, matrix, depths))
+    chosen = choose_variant(variants)
+    columns = depths.columns(chosen.taps)
+    most = ROOM_BYTES // (matrix.itemsize * len(matrix) * (matrix.shape[1] + len(table.dataset.classes)))
+    if most < LARGEST_SET and choices.views == "auto":
+        log.info("views: there is memory for the features of %d at most", max(1, most))
+    sets = list_views(chosen, choices.symmetry, common, most) if choices.views == "auto" else ()
+    whole = len(table.dataset.samples) * album.enlargement(spec.preprocess.size)
+    sets = tuple(views for views in sets if purse.pays(f"views {name_views(views)}", (len(views) - 1) * whole))
+
+    def see(samples: Sequence[Sample], view: ViewName) -> NDArray[np.float32]:
+        return album.rows(spec.adapted(views=(view,)), samples)[:, columns]
+
+    weighed = weigh_views(table, see, sets, chosen.taps, world)
+    curve = draw_curve(table, np.ascontiguousarray(matrix[:, columns]), chosen)
+    return Evidence(variants, weighed, curve, common, geometries, tuple(purse.refused))
 
 
 @dataclass(frozen=True, eq=False)
@@ -286,47 +357,44 @@ class Table:
 
 
 def weigh_geometries(
-    table: Table,
-    taps: Sequence[str],
-    spec: Spec,
-    rows: Look,
-    look: Callable[[Spec, Sequence[Sample]], View],
-    choices: Choices,
-    world: World,
+    table: Table, taps: Sequence[str], album: Album, choices: Choices, world: World = World()
 ) -> tuple[Variant, ...]:
     """The network's own geometry and others, on a part of the pictures; nothing where there are no others to try.
 
-    Fits are compared at the network's own size, and the best one at a larger size.
+    Fits are compared at the network's own size, and the best one at a larger size: each only where there is time to see
+    all pictures by it.
 
     Args:
         table: the pictures.
         taps: what features are of.
-        spec: the network.
-        rows: pictures -> their features by the network's own geometry, (n, dim).
-        look: (network, pictures) -> its view of them.
+        album: their features.
         choices: the geometries to try.
         world: this process among others, which have to try the same.
     """
     some, _ = table.part(VIEWED)
-    own = spec.preprocess
+    own = album.spec.preprocess
 
     def judge(fit: Fit, size: int) -> Variant:
-        there = (fit, size) == (own.fit, own.size)
-        seen = rows if there else look(spec.adapted(size=size, fit=fit), some.samples).rows
-        found = some.describe(some.fit(seen(some.samples), some.judge), taps, ("plain",))
+        features = album.rows(album.spec.adapted(size=size, fit=fit), some.samples)
+        found = some.describe(some.fit(features, some.judge), taps, ("plain",))
         return dataclasses.replace(found, fit=fit, size=size)
+
+    def pays(what: str, tried: int, size: int) -> bool:
+        pictures = len(table.dataset.samples) + (tried - 1) * len(some.samples)
+        return album.purse.pays(what, pictures * album.enlargement(size))
 
     if not choices.fits and not choices.larger:
         return ()
     found: list[Variant] = world.tell([judge(own.fit, own.size)])
     if is_little_left(found[0], table.common()):
         return ()
-    found = world.tell([*found, *(judge(fit, own.size) for fit in choices.fits)])
-    if choices.larger:
+    if choices.fits and pays(f"fit {', '.join(choices.fits)}", len(choices.fits), own.size):
+        found = world.tell([*found, *(judge(fit, own.size) for fit in choices.fits)])
+    if choices.larger and pays(f"a square of {choices.larger} pixels", 1, choices.larger):
         fit = choose_geometry(found).fit
         assert fit
         found = world.tell([*found, judge(fit, choices.larger)])
-    return tuple(found)
+    return tuple(found) if len(found) > 1 else ()
 
 
 def weigh_depths(table: Table, matrix: NDArray[np.float32], depths: Depths) -> tuple[Variant, ...]:

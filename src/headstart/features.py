@@ -63,6 +63,7 @@ class Survey:
     facts: Columns  # width, height (n,), hash (n, 32), thumbnail (n, 16, 16): the fields of `images.Facts`
     unreadable: dict[str, str]
     seconds: dict[str, float]  # network: building it; decode, forward: summed over threads
+    pace: float = 0.0  # seconds in which one picture's features were computed after another's; 0: hardly any were
 
     @property
     def ratio(self) -> float:
@@ -290,10 +291,17 @@ class _Filler:
         self.digests: dict[int, str] = {}
         self.errors: dict[int, str] = {}
         self.seconds = {"network": 0.0, "decode": 0.0, "forward": 0.0}
+        self.computed = 0  # pictures
+        self._first = self._last = 0.0  # when they were
         self.facts = facts
         self.vectors: Store | None = None
         self._new_vectors: dict[str, NDArray[np.float32]] = {}
         self._new_facts: dict[str, Facts] = {}
+
+    @property
+    def pace(self) -> float:
+        """Seconds from one picture's features to the next one's; 0 where hardly any were computed."""
+        return (self._last - self._first) / (self.computed - 1) if self.computed > 1 else 0.0
 
     def timed(self, make: Callable[[], T]) -> Callable[[], T]:
         """The function, its time kept."""
@@ -324,7 +332,7 @@ class _Filler:
         digests = tuple(self.digests[row] for row in rows)
         unreadable = {sources[row]: why for row, why in sorted(self.errors.items())}
         facts = self.facts.gather(digests, self.facts.index())
-        return Survey(tuple(sources[row] for row in rows), digests, facts, unreadable, self.seconds)
+        return Survey(tuple(sources[row] for row in rows), digests, facts, unreadable, self.seconds, self.pace)
 
     def _add(self, picture: Picture) -> None:
         self.digests[picture.index] = picture.digest
@@ -336,6 +344,8 @@ class _Filler:
             self._new_facts[picture.digest] = picture.facts
         if picture.vector is not None:
             self._new_vectors[picture.digest] = picture.vector
+            self._last = time.perf_counter()
+            self._first, self.computed = self._first or self._last, self.computed + 1
         if max(len(self._new_vectors), len(self._new_facts)) >= SHARD_ROWS:
             self._flush()
 

@@ -15,7 +15,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -25,6 +25,7 @@ from headstart import (
     archives,
     checkpoints,
     compiled,
+    embedders,
     loading,
     plan,
     processes,
@@ -46,14 +47,14 @@ from headstart.plan import FitHead, Plan, Situation
 from headstart.processes import World
 from headstart.quality import Audit
 from headstart.runs import RunFolder
-from headstart.verdicts import LEAST_SELECT, list_fits
+from headstart.verdicts import LEAST_SELECT, Evidence, list_fits
 from headstart.views import View
 from headstart.zoo import Spec
 
 if TYPE_CHECKING:
     from headstart.bench import Bench
     from headstart.evaluation import Evaluation
-    from headstart.evidence import Sight
+    from headstart.evidence import Purse, Sight
     from headstart.model import Classifier
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ log = logging.getLogger(__name__)
 Data = str | os.PathLike[str] | Dataset
 T = TypeVar("T")
 SPARE = "cache"  # the folder in a run's for features that the default cache cannot take
+LOOKS = 3  # about as often all pictures are looked at where geometry and views are chosen by evidence
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,13 +141,19 @@ def _conduct(
 ) -> Run | Plan:
     """The run, from the first picture to the last file; `metrics.json` comes last and marks it as finished."""
     clock = runs.Clock(strategies.read_budget(config))
-    view = _look(folder, given, network, config, track, world)
+    look = _find_look(folder, network, config, track, world)
+    if strategies.needs_features(config):
+        view = look(given, network.spec, network.load)
+    else:
+        survey = views.survey(given, config, track, folder.path / SPARE, world)
+        view = views.without_features(survey, config, world)
     clock.mark("pictures")
-    from headstart import evaluation, phases
+    from headstart import evaluation, evidence, phases
     from headstart.bench import embed
 
     audit, dataset = _deal(given, view.survey, config)
-    sight = _weigh(folder, dataset, network, view, audit, config, track, world)
+    purse = evidence.Purse(clock.left, view.survey.pace, world)
+    sight = _weigh(folder, dataset, network, view, audit, config, look, purse, world)
     if strategies.may_train_further(config):
         sight.rows(dataset.samples)  # computed before it is asked how much time is left
     clock.mark("evidence")
@@ -315,12 +323,19 @@ def _quietly(items: Iterable[T], total: int) -> Iterable[T]:
     return items
 
 
-def _look(folder: RunFolder, given: Dataset, network: Network, config: RunConfig, track: Track, world: World) -> View:
-    """The facts of all pictures, and their features where a phase needs them."""
-    spare = folder.path / SPARE
-    if strategies.needs_features(config):
-        return views.look(given, network.spec, network.load, config, track, spare, world=world)
-    return views.without_features(views.survey(given, config, track, spare, world), config, world)
+def _find_look(
+    folder: RunFolder, network: Network, config: RunConfig, track: Track, world: World
+) -> Callable[[Dataset, Spec, Callable[[], Backbone]], View]:
+    """How this run looks at pictures through the network: for all geometries and views it is made ready once."""
+    return functools.partial(
+        views.look,
+        config=config,
+        track=track,
+        spare_cache=folder.path / SPARE,
+        world=world,
+        prepare=embedders.Workshop().prepare,
+        looks=1 if network.depths is None else LOOKS,
+    )
 
 
 def _deal(given: Dataset, survey: Survey, config: RunConfig) -> tuple[Audit, Dataset]:
@@ -364,11 +379,12 @@ def _weigh(
     view: View,
     audit: Audit,
     config: RunConfig,
-    track: Track,
+    look: Callable[[Dataset, Spec, Callable[[], Backbone]], View],
+    purse: Purse,
     world: World,
 ) -> Sight:
     """The geometry, depths and views that heads are fitted on: chosen by evidence, or as the settings say."""
-    from headstart import embedders, evidence
+    from headstart import evidence
 
     if network.depths is None:
         seen = len(network.spec.views)
@@ -379,18 +395,18 @@ def _weigh(
     splits.demand_folds(dataset, phase.folds)
     fitted = dataset.of_role("fit", "select")
     table = evidence.Table(fitted, dataset, audit.groups, phase, config.train.seed)
-    workshop = embedders.Workshop()
 
-    def look(spec: Spec, samples: Sequence[Sample]) -> View:
+    def look_again(spec: Spec, samples: Sequence[Sample]) -> View:
         backbone = Backbone(spec, network.load().state_dict())
-        part, spare = dataset.with_samples(samples), folder.path / SPARE
-        return views.look(part, spec, lambda: backbone, config, track, spare, world=world, prepare=workshop.prepare)
+        return look(dataset.with_samples(samples), spec, lambda: backbone)
 
     own, ratio = network.spec.preprocess.fit, view.survey.ratio
     fits = list_fits(own, ratio) if config.model.fit == "auto" else ()
     larger = 0 if config.model.size else network.depths.larger
     choices = evidence.Choices(config.engine.symmetry, config.model.views, fits, larger)
-    return evidence.gather(table, network.depths, network.spec, view.rows, look, choices, world)
+    before = world.tell((folder.read_json("plan.json") or {}).get("evidence"))
+    known = Evidence.from_json(before) if before else None  # though there is more time now, or less
+    return evidence.gather(table, network.depths, network.spec, view.rows, look_again, choices, world, purse, known)
 
 
 def _set_up(dataset: Dataset, network: Network, view: View, sight: Sight, config: RunConfig, world: World) -> Bench:

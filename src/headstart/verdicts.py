@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from headstart.errors import UsageError
 
@@ -40,6 +40,9 @@ TUNING_ROWS = 10_000
 # Rows times classes, each fold by itself, beyond which logistic regression takes too long: on 10,000 pictures of 100
 # classes, which are 6 million, two cores took 102 s, and 8 s for class means.
 MOST_ANSWERS = 20_000_000
+# Of what is left of a time budget, what looking at pictures in other ways may take: heads need the rest, and training.
+LOOKING = 0.5
+SPENT = "nothing is left of the budget"
 LEAST_SELECT = 30  # pictures to choose by: with fewer, chance would choose
 
 
@@ -83,6 +86,23 @@ class Evidence:
     curve: Curve | None
     common: float = 0.0  # accuracy of always saying the most frequent class; 0 with several labels a picture
     geometries: tuple[Variant, ...] = ()  # by fit and size, the network's own first; none where no others were tried
+    untried: tuple[str, ...] = ()  # what there was no time for, in words
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> Evidence:
+        """The evidence in a plan's JSON values."""
+
+        def read(name: str) -> tuple[Variant, ...]:
+            return tuple(
+                Variant(**{**value, "taps": tuple(value["taps"]), "views": tuple(value["views"])})
+                for value in values[name]
+            )
+
+        curve = values["curve"]
+        if curve is not None:
+            curve = Curve(**{**curve, "points": tuple((pictures, error) for pictures, error in curve["points"])})
+        untried = tuple(values["untried"])
+        return Evidence(read("variants"), read("views"), curve, values["common"], read("geometries"), untried)
 
     @property
     def distance(self) -> float | None:
@@ -194,6 +214,7 @@ def describe_evidence(evidence: Evidence) -> list[str]:
         figures = (f"{name_views(variant.views)} {variant.log_loss:.3f}" for variant in evidence.views)
         taken = name_views(choose_views(evidence.views, "auto"))
         lines.append(f"log-loss by views: {', '.join(figures)}: {taken} is worth its passes")
+    lines += evidence.untried
     curve = evidence.curve
     if curve is not None:
         lines.append(
@@ -229,6 +250,21 @@ def list_views(best: Variant, symmetry: str, common: float, most: int) -> tuple[
         return ()
     fit = [views for views in VIEW_SETS.values() if 1 < len(views) <= most]
     return tuple(views for views in fit if symmetry != "none" or "mirror" not in views)
+
+
+def weigh_look(what: str, seconds: float, left: float | None) -> str:
+    """Why there is no time to look at pictures in another way; nothing where there is.
+
+    Args:
+        what: the way.
+        seconds: that it would take.
+        left: of the time budget; None: there is none.
+    """
+    if left is None or seconds <= LOOKING * max(0.0, left):
+        return ""
+    if left <= 0:
+        return f"{what}: not tried, {SPENT}"
+    return f"{what}: not tried, that would take about {show_time(seconds)} of the {show_time(left)} left"
 
 
 @dataclass(frozen=True)
@@ -299,7 +335,9 @@ def weigh_time(name: str, outlook: Outlook, most: int, least: int = LEAST_EPOCHS
     epochs = choose_epochs(outlook, most, least)
     if epochs:
         return epochs, f"then {epochs} epochs over {name}, of about {show_time(outlook.take(epochs))}"
-    need, left = show_time(outlook.take(least)), show_time(max(0.0, outlook.seconds_left))
+    if outlook.seconds_left <= 0:
+        return 0, f"{name}: not trained, {SPENT}"
+    need, left = show_time(outlook.take(least)), show_time(outlook.seconds_left)
     return 0, f"{name}: not trained, {least} epochs would take about {need}, and {left} of the budget are left"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
@@ -57,11 +58,12 @@ def look(
     limits: Limits | None = None,
     world: World = World(),
     prepare: Callable[..., embedders.Embedder] = embedders.prepare,
+    looks: int = 1,
 ) -> View:
     """Open every picture of a data set once and compute its features, but for what the cache has.
 
     Several processes compute a share each; what they put into the cache, all of them then read. `prepare` makes a
-    network ready to run.
+    network ready to run; `looks` is about how many there will be, this one and others in other ways.
     """
     chosen: dict[str, Any] = {}
     sources, allowed = dataset.sources, limits or limits_of(config)
@@ -77,7 +79,7 @@ def look(
             return _count_missing([dataset.path(source) for source in sources], held) if held else len(sources)
 
         find = functools.partial(embedders.find_engine, spec, load, device, precision, cache / embedders.GRAPHS)
-        chosen["engine"] = world.tell(find(count_missing) if world.first else "torch")
+        chosen["engine"] = world.tell(find(count_missing, looks, prepare) if world.first else "torch")
         return forms[chosen["engine"]]
 
     def make_embedder() -> loading.Compute:
@@ -90,10 +92,12 @@ def look(
         return features.extract(paths, some, spec, find_format, make_embedder, cache, allowed, shown)
 
     with _shared_cache(config, spare_cache, world) as cache:
+        pace = 0.0
         if world.size > 1:
-            extract(world.share(sources), track)
+            pace = extract(world.share(sources), track)[1].pace / world.size
             world.wait()
         extracted, survey = extract(sources, track if world.size == 1 else lambda items, _: items)
+        survey = dataclasses.replace(survey, pace=max(pace, survey.pace))
         world.wait()
     return View(extracted.matrix, survey, extracted.key, str(chosen["device"]), chosen["precision"])
 
