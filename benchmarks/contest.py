@@ -22,6 +22,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -31,7 +32,7 @@ from typing import Any
 
 import more_sets
 from common import Failed, run
-from entrants import CUT, EPOCHS, LARGEST, MADE, OURS, RIVALS, SEEDS, SETS, SHOTS, takes_part
+from entrants import CUT, EPOCHS, LARGEST, MADE, OURS, OURSELVES, RIVALS, SEEDS, SETS, SHOTS, WITHOUT, takes_part
 from results import Row
 from sets import DATA
 from standings import write_report
@@ -95,12 +96,12 @@ def hold(cases: Sequence[Case], entrants: Sequence[str], python: Path, file: Pat
         weights = Path(folder, "weights.pth")
         # In a process of its own: what this one holds would count as the memory of those it starts.
         subprocess.run((sys.executable, "-c", EXPORT, weights), check=True)
-        for case in cases:
+        for number, case in enumerate(cases):
             for entrant in entrants:
                 if (*case, entrant) in done or not takes_part(entrant, case[1]):
                     continue
                 try:
-                    row = measure(case, entrant, python, weights)
+                    row = measure(case, entrant, python, weights, Path(folder, f"cache-{number}"))
                 except Failed as failure:  # the others are still worth their time
                     print(*case, entrant, failure, file=sys.stderr, flush=True)
                     whole = False
@@ -143,14 +144,26 @@ def digest_source() -> str:
     return running.hexdigest()[:12]
 
 
-def measure(case: Case, entrant: str, python: Path, weights: Path) -> Row:
-    """An entrant's run in a fresh process with an empty cache, as a row."""
+def measure(case: Case, entrant: str, python: Path, weights: Path, cache: Path) -> Row:
+    """An entrant's run in a fresh process, as a row.
+
+    Args:
+        case: set, cut and seed.
+        entrant: its name.
+        python: the rivals' Python.
+        weights: the network's, in a file.
+        cache: features of the case: headstart computes all of them, those without a part add what is missing, and all
+            others have an empty cache of their own.
+    """
+    if entrant == OURSELVES:
+        shutil.rmtree(cache, ignore_errors=True)
     images = find_images(case[0]).absolute()
     pictures = list_pictures(images, case)
     with tempfile.TemporaryDirectory(prefix="headstart-") as folder:
         table, out = write_table(Path(folder), images, pictures), Path(folder, "run")
         command = make_command(entrant, case, python, (table, images, weights, out))
-        seconds, memory = run(command, cache=Path(folder, "cache"))
+        shares = entrant in (OURSELVES, *WITHOUT)
+        seconds, memory = run(command, cache=cache if shares else Path(folder, "cache"))
         labels = read_labels(out / "predictions.csv")
         plan, environment = (json.loads((out / f"{name}.json").read_text()) for name in ("plan", "environment"))
     classes = sorted({label for _, label, _ in pictures})
@@ -236,8 +249,10 @@ def read_labels(predictions: Path) -> dict[str, str]:
 
 def describe_machine() -> str:
     facts = Path("/proc/cpuinfo")
-    models = re.findall(r"model name\s*: (.+)", facts.read_text()) if facts.exists() else []
-    return f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores, {platform.system()}"
+    told = facts.read_text() if facts.exists() else ""
+    models = re.findall(r"model name\s*: (.+)", told)
+    halves = "" if not told else ", bfloat16" if re.search("avx512_bf16|amx_bf16", told) else ", no bfloat16"
+    return f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores{halves}, {platform.system()}"
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ OURS: dict[str, tuple[str, ...]] = {
 }
 OURSELVES = "headstart"
 ARMS = tuple(name for name in OURS if not name.startswith(OURSELVES))
+# They only tell what a part brings: they take the features that headstart has computed, and their time says nothing.
+WITHOUT = tuple(name for name in OURS if name.startswith("headstart-without-"))
 # What is told by two entrants, the one with it first.
 BROUGHT = {
     "blend": ("headstart", "headstart-without-blend"),

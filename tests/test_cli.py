@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from headstart import cli, display, training
+from headstart import cli, demonstration, display, training
 
 GOLDEN = Path(__file__).parent / "golden"
 ODD_NAMES = [
@@ -380,13 +380,14 @@ def test_models_lists_what_is_here(capsys):
 # The demonstration
 
 
-def test_demo_trains_measures_draws_and_says_what_next(capsys, tmp_path):
+def test_demo_trains_measures_draws_and_says_what_next(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(demonstration, "PER_CLASS", 20)
     status, out, err = call(capsys, "demo", "--out", tmp_path / "demo")
     assert status == 0, err
     accuracy = float(re.search(r"^accuracy +(\d\.\d+)", out, re.M).group(1))
     assert accuracy > 0.8
     assert "headstart train PICTURES" in out
-    assert len(list((tmp_path / "demo" / "digits" / "7").glob("*.png"))) == 100
+    assert len(list((tmp_path / "demo" / "digits" / "7").glob("*.png"))) == 20
     first = np.asarray(Image.open(tmp_path / "demo" / "digits" / "7" / "000.png"))
     assert first.shape == (32, 32)
     assert cli.main(["demo", "--out", str(tmp_path / "demo")]) == 0  # a second run is no error

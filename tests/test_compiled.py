@@ -240,7 +240,7 @@ def pretended(monkeypatch):
     return calls
 
 
-def find_for(backbone, folder, pictures=10_000, device=CPU, precision="float32", load=None, looks=1):
+def find_for(backbone, folder, pictures=100_000, device=CPU, precision="float32", load=None, looks=1):
     load = load or (lambda: backbone)
     return find_engine(backbone.spec, load, device, precision, folder, lambda engine: pictures, looks)
 
@@ -290,7 +290,7 @@ def test_engines_are_timed_by_turns_on_all_cores(monkeypatch):
 
 
 def test_for_few_pictures_nothing_is_converted(backbone, tmp_path, pretended):
-    assert find_for(backbone, tmp_path, embedders.TRIAL_RUNS - 1, load=never) == "torch"
+    assert find_for(backbone, tmp_path, embedders.TRIAL_RUNS * embedders.count_cpus() - 1, load=never) == "torch"
     assert not pretended and not list(tmp_path.iterdir())
 
 
@@ -311,6 +311,7 @@ def test_engines_are_tried_where_pytorch_would_take_long(
     backbone, tmp_path, monkeypatch, pretended, pictures, looks, views, seconds, engine
 ):
     monkeypatch.setattr(embedders, "_time_run", lambda _: seconds)
+    monkeypatch.setattr(embedders, "count_cpus", lambda: 2)
     names = ("plain", "mirror", "zoom")[:views]
     seen = Backbone(backbone.spec.adapted(views=names), backbone.state_dict())
     assert find_for(seen, tmp_path, pictures, looks=looks) == engine and bool(pretended) == (engine == "openvino")
@@ -439,6 +440,30 @@ def test_without_openvino_pytorch_is_used_and_nothing_said(backbone, tmp_path, c
     assert not caplog.records and not list(tmp_path.iterdir())
 
 
+def test_a_network_that_gives_other_batches_than_it_takes_is_left_to_pytorch(backbone, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(compiled, "find_version", lambda: "2000.0")
+    monkeypatch.setattr(embedders, "_time_run", lambda _: 1.0)
+    monkeypatch.setattr(compiled, "compile_function", lambda *_: lambda pictures: np.ones((2, 5), np.float32))
+    assert find_for(backbone, tmp_path) == "torch"
+    assert "does not run in OpenVINO (" in caplog.text and ": its features are computed by PyTorch" in caplog.text
+
+
+def test_a_workshop_remembers_what_was_timed_and_what_is_ready(backbone, tmp_path, monkeypatch, pretended):
+    workshop = embedders.Workshop()
+
+    def find(pictures, folder):
+        given = (backbone.spec, lambda: backbone, CPU, "float32", folder, lambda engine: pictures)
+        return find_engine(*given, workshop=workshop)
+
+    monkeypatch.setattr(embedders, "time_embedders", lambda *_: (0.01, 0.005))
+    assert find(10_000, tmp_path / "one") == "openvino"
+    monkeypatch.setattr(embedders, "time_embedders", lambda *_: pytest.fail("they were timed again"))
+    # Few pictures would not be worth OpenVINO's start, but it is ready; and a cache for one look remembers nothing.
+    assert find(1, tmp_path / "two") == "openvino" and len(pretended) == 1
+    assert find_for(backbone, tmp_path / "one", 1) == "torch"
+
+
 # In the cache of features
 
 
@@ -456,21 +481,21 @@ def look(shapes, backbone, tmp_path):
 
 
 def test_features_of_both_engines_are_kept_apart(look, monkeypatch, pretended):
-    monkeypatch.setattr(embedders, "TRIAL_RUNS", 36)
+    monkeypatch.setattr(embedders, "TRIAL_RUNS", 36 / embedders.count_cpus())
     fast = look()
-    assert fast.key.endswith("-openvino") and len(pretended) == 2  # for the trial, and to compute
-    assert np.array_equal(look().matrix, fast.matrix) and len(pretended) == 2  # all are there
+    assert fast.key.endswith("-openvino") and len(pretended) == 1
+    assert np.array_equal(look().matrix, fast.matrix) and len(pretended) == 1  # all are there
     monkeypatch.setattr(compiled, "find_version", lambda: "")
     plain = look()
-    assert plain.key.endswith("-cpu") and len(pretended) == 2
+    assert plain.key.endswith("-cpu") and len(pretended) == 1
     assert not np.array_equal(plain.matrix, fast.matrix)
     np.testing.assert_allclose(plain.matrix, fast.matrix, rtol=0.1, atol=0.1)
 
 
 def test_features_that_pytorch_has_computed_are_used_where_openvino_is_faster_too(look, monkeypatch, pretended):
-    monkeypatch.setattr(embedders, "TRIAL_RUNS", 36)
+    monkeypatch.setattr(embedders, "TRIAL_RUNS", 36 / embedders.count_cpus())
     plain = look(30)
-    monkeypatch.setattr(embedders, "TRIAL_RUNS", 6)
+    monkeypatch.setattr(embedders, "TRIAL_RUNS", 6 / embedders.count_cpus())
     monkeypatch.setattr(embedders, "TRIAL_SECONDS", 0.0)
     assert look(30).key == plain.key and not pretended  # nothing is to be computed
     whole = look()

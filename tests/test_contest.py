@@ -183,9 +183,29 @@ def test_a_cut_of_flowers_is_one_of_its_hundred_a_class(contest, data):
         assert set(contest.list_pictures(data / "flowers", ("flowers", CUT, seed))) < set(whole)
 
 
+def test_features_are_shared_by_headstart_and_itself_without_a_part_alone(contest, data, runs, tmp_path, monkeypatch):
+    real, caches = contest.run, {}
+
+    def run(command, cache):
+        caches[entrant] = cache, (cache / "features").exists()
+        cache.mkdir(parents=True, exist_ok=True)
+        (cache / "features").touch()
+        return real(command, tmp_path / "empty")
+
+    monkeypatch.setattr(contest, "run", run)
+    for entrant in ("probe-alone", "headstart-without-views", "headstart", "headstart-without-depths", "headstart-5m"):
+        contest.measure(("flowers", FULL, 0), entrant, Path("python"), Path("weights"), tmp_path / "shared")
+    assert {name: held for name, (_, held) in caches.items()} == {
+        **dict.fromkeys(("probe-alone", "headstart", "headstart-5m", "headstart-without-views"), False),
+        "headstart-without-depths": True,
+    }
+    shared = [name for name, (cache, _) in caches.items() if cache == tmp_path / "shared"]
+    assert shared == ["headstart-without-views", "headstart", "headstart-without-depths"]
+
+
 def test_a_row_says_what_each_test_picture_is_and_was_taken_for(contest, data, runs, tmp_path):
     for entrant in ("headstart", "sklearn"):
-        row = contest.measure(("hymenoptera", CUT, 1), entrant, Path("python"), Path("weights"))
+        row = contest.measure(("hymenoptera", CUT, 1), entrant, Path("python"), Path("weights"), Path("cache"))
         assert row["true"] == [0] * 5 + [1] * 3 + [2] * 2
         assert row["predicted"] == [1] * 10
         assert (row["n"], row["accuracy"], row["seconds"], row["memory"]) == (10, 0.3, 12.35, 1000)
@@ -219,7 +239,7 @@ def test_sets_that_are_not_there_are_said_with_how_to_get_them(contest, data, mo
 def test_headstart_is_given_nothing_and_rivals_their_epochs_and_seed(contest, data, runs):
     for name in ("hymenoptera", "flowers"):
         for entrant in ("headstart", "probe-alone", "fastai"):
-            contest.measure((name, CUT, 2), entrant, Path("python"), Path("weights"))
+            contest.measure((name, CUT, 2), entrant, Path("python"), Path("weights"), Path("cache"))
     assert [command[1:4] for command in runs if "--out" in command] == [["-m", "headstart", "train"]] * 4
     assert [command[7:] for command in runs if "--out" in command] == [[], ["--strategy", "probe"]] * 2
     assert [command[-4:] for command in runs if "--out" not in command] == [
@@ -301,7 +321,7 @@ def test_a_run_that_fails_is_said_and_the_others_go_on(contest, data, runs, tmp_
 def test_a_picture_without_an_answer_counts_as_wrong(contest, data, runs, monkeypatch):
     read = contest.read_labels
     monkeypatch.setattr(contest, "read_labels", lambda *paths: dict([*read(*paths).items()][1:]))
-    row = contest.measure(("hymenoptera", FULL, 0), "headstart", Path("python"), Path("weights"))
+    row = contest.measure(("hymenoptera", FULL, 0), "headstart", Path("python"), Path("weights"), Path("cache"))
     assert sorted(row["predicted"]) == [1] * 9 + [3] and row["n"] == 10
 
 

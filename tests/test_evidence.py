@@ -11,11 +11,12 @@ import torchvision
 from PIL import Image, ImageOps
 
 import headstart
-from headstart import backbones, embedders, evidence, plan, verdicts
+from headstart import backbones, embedders, evidence, gallery, plan, verdicts
 from headstart.data import Dataset, Sample
 from headstart.errors import UsageError
-from headstart.evidence import Choices, Depths, Purse, Table
+from headstart.evidence import Choices, Depths, Table
 from headstart.features import Survey
+from headstart.gallery import Gallery, Purse
 from headstart.images import Preprocess
 from headstart.plan import FitHead
 from headstart.processes import World
@@ -84,9 +85,14 @@ def test_the_views_that_say_more_are_found(tmp_path, fresh):
         view: dict(zip((s.source for s in table.samples), noisy(numbers, 16, 1.5, kind), strict=True))
         for view, kind in {**dict.fromkeys(("mirror", "zoom", "zoom-mirror"), 0), **kinds}.items()
     }
-    found = evidence.weigh_views(
-        table, lambda samples, view: np.stack([rows[view][s.source] for s in samples]), SETS, (FINAL,)
-    )
+    spec = Spec("net", "timm", "net", {}, Preprocess(16, 1.0))
+
+    def look(spec, samples):
+        matrix = np.stack([rows[spec.views[0]][s.source] for s in samples])
+        return View(matrix, Survey(tuple(s.source for s in samples), (), {}, {}, {}), "", "cpu", "float32")
+
+    gallery = Gallery(spec, lambda samples: look(spec, samples).matrix, look, Purse())
+    found = evidence.weigh_views(table, gallery, spec, SETS, (FINAL,))
     # All are tried only where what mirror images and the enlarged middle gain adds up to enough.
     plain, mirror, zoom, *rest = found
     gains = sum(plain.log_loss - one.log_loss for one in (mirror, zoom)) / plain.log_loss
@@ -96,7 +102,7 @@ def test_the_views_that_say_more_are_found(tmp_path, fresh):
 
 
 def test_without_sets_of_views_none_are_compared(tmp_path):
-    assert evidence.weigh_views(make_table(20, tmp_path)[0], None, (), (FINAL,)) == ()
+    assert evidence.weigh_views(make_table(20, tmp_path)[0], None, None, (), (FINAL,)) == ()
 
 
 class Told(World):
@@ -351,15 +357,18 @@ IN_ALL = {**BETTER, ("squash", 32): 2.0}  # with errors left, so that views are 
     ("seconds", "tried", "views", "refused"),
     [
         (None, [("squash", 16), ("pad", 16), ("squash", 32)], 3, 0),
-        # 127 pictures of a second each are to be seen in the end, 120 more for the second fit; four times the pixels
-        # take four times as long; of what is left, no more than half.
+        # 127 pictures of a second each are to be seen in the end; four times the pixels take four times as long. For
+        # two sets of two views it is 120 more, and for all views three times the 7 not tried. Of what is left, no
+        # more than half.
         (1e5, [("squash", 16), ("pad", 16), ("squash", 32)], 3, 0),
-        (2 * 247, [("squash", 16), ("pad", 16)], 2, 2),  # the square of 32 pixels, and all views
-        (2 * 246, [], 2, 3),
-        (2 * 127, [], 2, 3),
-        (2 * 126, [], 0, 5),
-        (0, [], 0, 5),
-        (-3, [], 0, 5),
+        (2 * 4 * 127, [("squash", 16), ("pad", 16), ("squash", 32)], 3, 0),
+        (2 * 4 * 127 - 1, [("squash", 16), ("pad", 16)], 3, 1),
+        (2 * 247, [("squash", 16), ("pad", 16)], 3, 1),
+        (2 * 246, [("squash", 16), ("pad", 16)], 0, 2),
+        (2 * 127, [("squash", 16), ("pad", 16)], 0, 2),
+        (2 * 126, [], 0, 4),
+        (0, [], 0, 4),
+        (-3, [], 0, 4),
     ],
 )
 def test_only_what_there_is_time_for_is_tried(tmp_path, seconds, tried, views, refused):
@@ -373,19 +382,68 @@ def test_only_what_there_is_time_for_is_tried(tmp_path, seconds, tried, views, r
     assert sight.rows(seen.report).shape[0] == 7
 
 
+class Watch(Purse):
+    """A purse whose time goes on as pictures are looked at."""
+
+    def __init__(self, seen, seconds, pace=0.0):
+        super().__init__(lambda: seconds - sum(4 ** (size > 16) * count for _, size, _, count in seen.asked), pace)
+
+
+def test_where_nobody_knows_how_long_a_look_takes_a_few_pictures_are_seen_first(tmp_path):
+    seen = Seen(tmp_path, IN_ALL)
+    seen.pace = 1.0
+    sight = seen.gather(LARGER, purse=Watch(seen, 200))  # whose own features were in the cache
+    assert geometries(sight) == [] and seen.asked == [("squash", 16, "plain", gallery.TIMED)]
+    assert len(sight.evidence.untried) == 3
+
+
+def test_a_trial_that_took_longer_than_foreseen_is_not_followed_by_a_look_at_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(evidence, "VIEWED", 60)
+    seen = Seen(tmp_path, IN_ALL)
+    seen.pace = 1.0
+    sight = seen.gather(dataclasses.replace(LARGER, larger=0), purse=Watch(seen, 180, 0.001))
+    assert seen.asked == [("squash", 16, "plain", 60)]  # after which the other fit is known to take too long, too
+    assert sight.evidence.geometries == () and sight.evidence.untried[-1].startswith("the best geometry: not tried")
+    assert geometry_of(sight.spec) == ("crop", 16)
+
+
+def test_of_several_processes_the_first_one_tells_what_there_is_time_for(tmp_path):
+    purse = Purse(lambda: 1000.0, 1.0, Told(lambda value: "no time" if value == "" else value))
+    assert not purse.pays("views all", 10) and purse.refused == ["no time"]
+    assert not Purse(lambda: 1000.0, 0.0, Told(lambda value: False)).is_blind
+    assert Purse(lambda: 1000.0).is_blind and not Purse(lambda: None).is_blind and not Purse(lambda: 1.0, 1.0).is_blind
+
+
+def test_a_gallery_forgets_what_was_not_chosen(tmp_path):
+    seen = Seen(tmp_path, BETTER)
+    kept = Gallery(seen.spec, seen.stack, seen.look, Purse())
+    one, other = seen.spec.adapted(fit="squash"), seen.spec.adapted(fit="pad")
+    for spec in (one, other):
+        kept.rows(spec, seen.table.samples)
+    kept.narrow(one, np.array([3, 1]))
+    assert np.array_equal(kept.rows(one, seen.report), seen.stack(seen.report, "squash")[:, [3, 1]])
+    assert np.array_equal(kept.rows(one, seen.table.samples), seen.stack(seen.table.samples, "squash")[:, [3, 1]])
+    assert np.array_equal(kept.rows(seen.spec, seen.report), seen.stack(seen.report)[:, [3, 1]])
+    mirrored = kept.rows(one.adapted(views=("mirror",)), seen.report)
+    assert np.array_equal(mirrored, seen.stack(seen.report, "squash", view="mirror")[:, [3, 1]])
+    assert [asked[::3] for asked in seen.asked] == [("squash", 120), ("pad", 120), ("squash", 7), ("squash", 7)]
+    kept.rows(other, seen.table.samples)
+    assert seen.asked[-1] == ("pad", 16, "plain", 120)
+
+
 def test_how_long_a_picture_takes_is_learned_from_the_looks(tmp_path):
     seen = Seen(tmp_path, IN_ALL)
     seen.pace = 4.0  # at the first look, of 16 pixels a side
-    sight = seen.gather(EVERY, purse=Purse(lambda: 1000.0))  # which four times the pixels would exceed
+    sight = seen.gather(EVERY, purse=Purse(lambda: 1020.0))  # which four times the pixels would exceed
     assert geometries(sight) == [("crop", 16), ("squash", 16), ("pad", 16)]
     assert any(
         "32 pixels: not tried, that would take about 34 min of the 17 min" in why for why in sight.evidence.untried
     )
     larger = Seen(tmp_path, {**IN_ALL, ("crop", 32): 1.7})
     larger.pace = 4.0  # at 32 pixels a side: 1 at 16
-    purse = Purse(lambda: 1000.0)
+    purse = Purse(lambda: 1020.0)
     assert geometries(larger.gather(dataclasses.replace(LARGER, fits=()), purse=purse)) == [("crop", 16), ("crop", 32)]
-    assert purse.pays("500", 500) and not purse.pays("501", 501)
+    assert purse.pays("510", 510) and not purse.pays("511", 511)
 
 
 def test_what_was_known_is_not_measured_again_whatever_there_is_time_for(tmp_path, monkeypatch):
@@ -396,6 +454,19 @@ def test_what_was_known_is_not_measured_again_whatever_there_is_time_for(tmp_pat
         sight = again.gather(EVERY, purse=Purse(lambda seconds=seconds: seconds, 1.0), known=found.evidence)
         assert (sight.spec, sight.evidence) == (found.spec, found.evidence)
         assert np.array_equal(sight.rows(again.report), found.rows(first.report))
+
+
+def test_evidence_that_is_of_no_use_is_gathered_again(tmp_path, caplog):
+    caplog.set_level("INFO")
+    found = Seen(tmp_path, IN_ALL).gather(EVERY).evidence
+    values = json.loads(json.dumps(dataclasses.asdict(found)))
+    assert evidence.recall(values, FINAL_ALONE) == found
+    assert evidence.recall(None, FINAL_ALONE) is None and not caplog.records
+    assert evidence.recall(values, DEPTHS) is None  # of another network
+    for name in ("untried", "geometries", "curve"):
+        assert evidence.recall({key: value for key, value in values.items() if key != name}, FINAL_ALONE) is None
+    assert evidence.recall({**values, "variants": [{"taps": [FINAL]}]}, FINAL_ALONE) is None
+    assert caplog.text.count("it is gathered again") == 4
 
 
 class Flat(torch.nn.Module):

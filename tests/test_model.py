@@ -571,7 +571,7 @@ def test_layers_with_settings_of_their_own_come_back_with_them_or_are_refused(cl
 def test_how_many_pictures_there_are_decides_on_the_engine(classifier, files, monkeypatch):
     asked = []
 
-    def find(spec, load, device, precision, folder, count_missing):
+    def find(spec, load, device, precision, folder, count_missing, *, workshop):
         asked.append((count_missing("torch"), count_missing("openvino")))
         return "torch"
 

@@ -158,7 +158,7 @@ def test_features_of_other_pictures_in_the_cache_do_not_count(
 ):
     asked = []
 
-    def find(spec, load, device, precision, folder, count_missing, looks, prepare):
+    def find(spec, load, device, precision, folder, count_missing, looks, workshop):
         asked.append([count_missing(engine) for engine in ("torch", "openvino")])
         return "torch"
 
@@ -174,12 +174,19 @@ def test_it_is_told_how_many_looks_there_will_be_and_who_makes_the_network_ready
     asked = []
     monkeypatch.setattr(embedders, "find_engine", lambda *given: asked.append(given[-2:]) or "torch")
     backbone, workshop = backbones.load(backbones.locate("auto", str(tiny_weights))), embedders.Workshop()
-    config, prepare = config_with("auto"), workshop.prepare
+    given = (dataset, backbone.spec, lambda: backbone, config_with("auto"), lambda items, _: items)
     for looks in (3, 5):
-        views.look(
-            dataset, backbone.spec, lambda: backbone, config, lambda items, _: items, prepare=prepare, looks=looks
-        )
-    assert asked == [(3, prepare), (5, prepare)] and len(workshop.made) == 1
+        views.look(*given, workshop=workshop, looks=looks)
+    assert asked == [(3, workshop), (5, workshop)] and len(workshop.made) == 1
+
+
+def test_whoever_has_no_workshop_gets_one_for_each_look(dataset, tiny_weights, monkeypatch):
+    asked = []
+    monkeypatch.setattr(embedders, "find_engine", lambda *given: asked.append(given[-1]) or "torch")
+    backbone = backbones.load(backbones.locate("auto", str(tiny_weights)))
+    for _ in range(2):
+        views.look(dataset, backbone.spec, lambda: backbone, config_with("auto"), lambda items, _: items)
+    assert asked[0] is not asked[1] and [type(one) for one in asked] == [embedders.Workshop] * 2
 
 
 def test_how_long_a_picture_took_is_told_where_any_was_computed(dataset, tiny_weights, monkeypatch):

@@ -15,7 +15,7 @@ from headstart.features import Track
 from headstart.images import open_image
 from headstart.model import Prediction, predict
 
-PER_CLASS = 100
+PER_CLASS = 50
 SHOWN = 4
 
 
@@ -49,7 +49,7 @@ def demo(
 def write_digits(folder: Path) -> Path:
     """Write scikit-learn's handwritten digits (Alpaydin and Kaynak, 1998; UCI) as class folders of PNG files.
 
-    100 of each, 8 x 8 pixels enlarged to 32 x 32, dark on light.
+    50 of each, 8 x 8 pixels enlarged to 32 x 32, dark on light.
     """
     from sklearn.datasets import load_digits
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import hashlib
 import json
 import logging
@@ -43,11 +42,11 @@ LEAST_COSINE = {"float32": 0.9999, "bfloat16": 0.99, "float16": 0.99}  # to the 
 # Of what tells pictures apart: bfloat16 leaves 0.993 of EfficientNet-Lite0's, by PyTorch as by OpenVINO.
 LEAST_LIKENESS = {"float32": 0.999, "bfloat16": 0.98}
 LEAST_GAIN = 1.1  # for less, a second engine is not worth its features of other bits
-# A trial pays from so many runs of a network, for which PyTorch takes so many seconds: it takes a hundred runs itself,
+# A trial pays from so many runs of a network on each core, for which PyTorch takes so many seconds: it takes 64 itself,
 # and two seconds or three to convert the network, and saves about half of the time of those that follow.
-TRIAL_RUNS, TRIAL_SECONDS = 300, 10.0
+TRIAL_RUNS, TRIAL_SECONDS = 150, 10.0
 START_SECONDS = 0.5  # that importing OpenVINO and reading a graph take
-ROUNDS = 2  # in which engines are timed by turns
+ROUNDS = 3  # in which engines are timed by turns
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +99,7 @@ def look(pictures: torch.Tensor, view: View) -> torch.Tensor:
     if view not in get_args(View):
         raise ValueError(f"{view!r} is no view: {', '.join(get_args(View))}")
     if view in ("zoom", "zoom-mirror"):
-        size = int(pictures.shape[2])  # where the function is traced, it is a tensor
+        size = pictures.shape[2]
         edge = round(size * (1 - ZOOM) / 2)
         middle = pictures[:, :, edge : size - edge, edge : size - edge]
         pictures = torch.nn.functional.interpolate(middle, (size, size), mode="bilinear")
@@ -124,7 +123,7 @@ def prepare(
         folder: where `find_engine` keeps graphs.
 
     Raises:
-        BackboneError: where the engine is OpenVINO and does not do any more what it did when it was timed.
+        BackboneError: where the engine is OpenVINO, and does not run the network or leaves its features.
     """
     import torch
 
@@ -160,9 +159,12 @@ def prepare(
 
 @dataclass(eq=False)
 class Workshop:
-    """Makes forms of one network ready that differ in geometry and views alone: what runs is made once."""
+    """Makes forms of one network ready that differ in geometry and views alone: what runs is made and timed once."""
 
     made: dict[tuple[object, ...], Embedder] = field(default_factory=dict)
+    timed: dict[str, EngineSeconds] = field(
+        default_factory=dict
+    )  # by the names of files, as a cache may be for one look
 
     def prepare(
         self, backbone: Backbone, device: torch.device, precision: str, engine: Engine = "torch", **options: Any
@@ -171,11 +173,20 @@ class Workshop:
         spec = backbone.spec
         if not spec.digest:  # without a digest a network is not recognised again
             return prepare(backbone, device, precision, engine, **options)
-        size = spec.preprocess.size if engine == "openvino" else 0  # graphs are of one size each
-        key = spec.digest, spec.taps, device, precision, engine, size
+        key = _name(spec, device, precision, engine)
         if key not in self.made:
             self.made[key] = prepare(backbone, device, precision, engine, **options)
         return dataclasses.replace(self.made[key], preprocess=spec.preprocess, views=spec.views)
+
+    def holds(self, spec: Spec, device: torch.device, precision: str, engine: Engine) -> bool:
+        """Whether a network is ready to run in an engine."""
+        return _name(spec, device, precision, engine) in self.made
+
+
+def _name(spec: Spec, device: torch.device, precision: str, engine: Engine) -> tuple[object, ...]:
+    """What tells what runs from others: graphs are of one size each."""
+    size = spec.preprocess.size if engine == "openvino" else 0
+    return spec.digest, spec.taps, device, precision, engine, size
 
 
 @dataclass(frozen=True)
@@ -185,11 +196,13 @@ class EngineSeconds:
     torch: float
     openvino: float
 
-    def find_best(self, by_torch: int, by_openvino: int) -> Engine:
-        """The engine that is done first, with as many runs as each has before it."""
+    def find_best(self, by_torch: int, by_openvino: int, is_ready: bool = False) -> Engine:
+        """The engine that is done first, with as many runs as each has before it; OpenVINO may be ready already."""
         if self.openvino * LEAST_GAIN > self.torch:
             return "torch"
-        start = START_SECONDS if by_openvino else 0.0  # nothing is imported where all features are there
+        start = (
+            START_SECONDS if by_openvino and not is_ready else 0.0
+        )  # nothing is imported where all features are there
         return "openvino" if start + by_openvino * self.openvino < by_torch * self.torch else "torch"
 
 
@@ -201,7 +214,7 @@ def find_engine(
     folder: Path,
     count_missing: Callable[[Engine], int],
     looks: int = 1,
-    prepare: Callable[..., Embedder] = prepare,
+    workshop: Workshop | None = None,
 ) -> Engine:
     """`openvino` where it is installed, gives a network's features and gives them sooner; `torch` else.
 
@@ -216,27 +229,28 @@ def find_engine(
         count_missing: gives how many pictures' features an engine would have to compute. Where they are few, nothing is
             converted and timed.
         looks: about how many there will be, this one and others in other ways.
-        prepare: makes the network ready to run.
+        workshop: makes the network ready to run, and remembers how fast it is.
     """
     installed = device.type == "cpu" and precision in compiled.HINTS and compiled.find_version()
     missing = count_missing("torch") if installed and spec.digest else 0  # without a digest it is not recognised again
     if not missing:
         return "torch"
     by_torch = missing * len(spec.views)
+    workshop = workshop or Workshop()
     file = _place(spec, precision, folder).with_suffix(".json")
-    seconds = _recall(file)
+    seconds = workshop.timed.get(file.name) or _recall(file)
     if seconds is None:
-        if by_torch * looks < TRIAL_RUNS:
+        if by_torch * looks < TRIAL_RUNS * count_cpus():
             return "torch"
         backbone = load()
-        plain = dataclasses.replace(prepare(backbone, device, precision), views=("plain",))
+        plain = dataclasses.replace(workshop.prepare(backbone, device, precision), views=("plain",))
         if by_torch * looks * _time_run(plain) < TRIAL_SECONDS:
             return "torch"
-        seconds = _time_engines(
-            plain, functools.partial(prepare, backbone, device, precision, "openvino", folder=folder)
-        )
+        seconds = _time_engines(backbone, plain, precision, workshop, folder)
         _keep(file, seconds)
-    return seconds.find_best(by_torch, count_missing("openvino") * len(spec.views))
+    workshop.timed[file.name] = seconds
+    is_ready = workshop.holds(spec, device, precision, "openvino")
+    return seconds.find_best(by_torch, count_missing("openvino") * len(spec.views), is_ready)
 
 
 def _time_run(embedder: Embedder) -> float:
@@ -248,21 +262,20 @@ def _time_run(embedder: Embedder) -> float:
     return (time.perf_counter() - start) / count_cpus()
 
 
-def _time_engines(plain: Embedder, compile_it: Callable[[], Embedder]) -> EngineSeconds:
-    """Seconds of a run with each engine.
-
-    Args:
-        plain: the network in PyTorch, with a single view.
-        compile_it: gives it in OpenVINO.
-    """
+def _time_engines(
+    backbone: Backbone, plain: Embedder, precision: str, workshop: Workshop, folder: Path
+) -> EngineSeconds:
+    """Seconds of a run in PyTorch, where the network is ready with a single view, and in OpenVINO."""
+    name = backbone.spec.name
     try:
-        graph = dataclasses.replace(compile_it(), views=plain.views)
+        graph = workshop.prepare(backbone, plain.device, precision, "openvino", folder=folder)
     except BackboneError as error:
-        log.info("%s; its features are computed by PyTorch", error)
+        log.info("%s %s: its features are computed by PyTorch", name, error.why)
         return EngineSeconds(0.0, math.inf)
+    graph = dataclasses.replace(graph, views=plain.views)
     seconds = EngineSeconds(*time_embedders((plain, graph), draw_pictures(plain.preprocess.size)))
     shown = f"PyTorch {1 / seconds.torch:.0f}, OpenVINO {1 / seconds.openvino:.0f}"
-    log.info("features by PyTorch or OpenVINO timed, pictures a second: %s", shown)
+    log.info("%s: features by PyTorch or OpenVINO timed, pictures a second: %s", name, shown)
     return seconds
 
 
@@ -295,19 +308,25 @@ def _prepare_compiled(backbone: Backbone, precision: str, folder: Path) -> Embed
 
     spec, device = backbone.spec, torch.device("cpu")
     network = copy.deepcopy(backbone.network).to(device).requires_grad_(False)
-    example = spec.preprocess.normalise(torch.from_numpy(draw_pictures(spec.preprocess.size))).contiguous()
+    pixels = draw_pictures(spec.preprocess.size)
+    example = spec.preprocess.normalise(torch.from_numpy(pixels)).contiguous()
     file = _place(spec, precision, folder).with_suffix(compiled.SUFFIX)
     graph = compiled.compile_function(network, example, precision, count_cpus(), file)
     answer = _place(spec, precision, folder).with_suffix(".json")
     remedy = f"Delete {answer}, by which it did: PyTorch is used then."
     if graph is None:
         raise BackboneError(spec.name, "does not run in OpenVINO", remedy)
+    made = Embedder(_as_module(graph), spec.preprocess, device, getattr(torch, precision), spec.views)
     with torch.inference_mode():
         depths = network.look(example) if isinstance(network, Tapped) else [network(example)]
-    likeness = compare_features(torch.from_numpy(graph(example.numpy())), depths)
+    try:
+        found = dataclasses.replace(made, views=("plain",))(pixels)
+        likeness = compare_features(torch.from_numpy(found), depths)
+    except RuntimeError as error:  # it does not take such a batch, or gives another
+        raise BackboneError(spec.name, f"does not run in OpenVINO ({str(error).splitlines()[0]})", remedy) from error
     if not likeness >= LEAST_LIKENESS[precision]:
         raise BackboneError(spec.name, f"has other features in OpenVINO (cosine {likeness:.4f})", remedy)
-    return Embedder(_as_module(graph), spec.preprocess, device, getattr(torch, precision), spec.views)
+    return made
 
 
 def _as_module(graph: Callable[[NDArray[Any]], NDArray[np.float32]]) -> nn.Module:
@@ -367,7 +386,7 @@ def _place(spec: Spec, precision: str, folder: Path) -> Path:
 
     bare = dataclasses.replace(spec, preprocess=Preprocess(spec.preprocess.size), views=("plain",))
     machine = [_find_capabilities(), count_cpus(), torch.__version__, compiled.find_version()]
-    described = json.dumps([features.key_of(bare), precision, *machine], sort_keys=True)
+    described = json.dumps(["network alone", features.key_of(bare), precision, *machine], sort_keys=True)
     return folder / hashlib.sha256(described.encode()).hexdigest()[:32]
 
 

@@ -13,7 +13,7 @@ import itertools
 import json
 import logging
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from headstart.backbones import Backbone
 from headstart.data import Dataset, Sample
 from headstart.features import key_of
 from headstart.files import write_whole
+from headstart.gallery import Gallery, Look, Purse
 from headstart.heads import FittedHead
 from headstart.images import Fit
 from headstart.images import View as ViewName
@@ -49,12 +50,10 @@ from headstart.verdicts import (
     list_views,
     name_views,
     promises_more,
-    weigh_look,
 )
 from headstart.views import View
 from headstart.zoo import Spec
 
-Look = Callable[[Sequence[Sample]], NDArray[np.float32]]
 log = logging.getLogger(__name__)
 
 # The head that depths and views are compared by. On six sets of six it ranked final and all depths as logistic
@@ -142,61 +141,6 @@ class Choices:
     larger: int = 0
 
 
-class Purse:
-    """What is left of a time budget, and how much of it a look at pictures takes.
-
-    Args:
-        left: gives the seconds that are left; None where there is no budget.
-        pace: seconds that a picture takes at the network's own size; 0: not known yet.
-        world: this process among others, which have to decide alike.
-    """
-
-    def __init__(self, left: Callable[[], float | None] = lambda: None, pace: float = 0.0, world: World = World()):
-        self._left, self._pace, self._world = left, pace, world
-        self.refused: list[str] = []  # what there was no time for, in words
-
-    def pays(self, what: str, pictures: float) -> bool:
-        """Whether there is time to look at so many pictures."""
-        why: str = self._world.tell(weigh_look(what, pictures * self._pace, self._left()))
-        self.refused += filter(None, (why,))
-        return not why
-
-    def note(self, pace: float) -> None:
-        """Take note of how long a picture took: the slowest look counts."""
-        self._pace = max(self._pace, pace)
-
-
-class Album:
-    """Features of pictures in several geometries and views; each picture is looked at once in each.
-
-    Args:
-        spec: the network.
-        own: pictures -> their features by that, (n, dim).
-        look: (the network in another geometry or with another view, pictures) -> its view of them.
-        purse: takes note of how long it takes.
-    """
-
-    def __init__(self, spec: Spec, own: Look, look: Callable[[Spec, Sequence[Sample]], View], purse: Purse) -> None:
-        self.spec, self.purse = spec, purse
-        self._own, self._look = own, look
-        self._seen: defaultdict[tuple[Any, ...], dict[str, NDArray[np.float32]]] = defaultdict(dict)
-
-    def rows(self, spec: Spec, samples: Sequence[Sample]) -> NDArray[np.float32]:
-        """The features (n, dim) of some pictures."""
-        if spec == self.spec:
-            return self._own(samples)
-        seen = self._seen[spec.preprocess.fit, spec.preprocess.size, spec.views]  # source -> row, of the last look
-        if not {sample.source for sample in samples} <= seen.keys():
-            view = self._look(spec, samples)
-            self.purse.note(view.survey.pace / self.enlargement(spec.preprocess.size))
-            seen.update(zip([sample.source for sample in samples], view.rows(samples)))
-        return np.stack([seen[sample.source] for sample in samples])
-
-    def enlargement(self, size: int) -> float:
-        """How many times as many pixels as in the network's own square are in one of so many a side."""
-        return (size / self.spec.preprocess.size) ** 2
-
-
 @dataclass(frozen=True, eq=False)
 class Sight:
     """What heads are fitted on.
@@ -238,20 +182,29 @@ def gather(
         purse: what there is time for; None: everything.
         known: what was found before the run was interrupted, which it goes on with.
     """
-    album = Album(spec, rows, look, purse or Purse())
-    found = known or world.tell(_find(table, depths, album, choices, world))
-    placed, views = _place(spec, found.geometries), choose_views(found.views, choices.views)
-    chosen = choose_variant(found.variants)
-    columns = depths.columns(chosen.taps)
+    gallery = Gallery(spec, rows, look, purse or Purse())
+    found = known or world.tell(_find(table, depths, gallery, choices, world))
+    placed, chosen = _place(spec, found.geometries), choose_variant(found.variants)
+    if known:
+        gallery.narrow(placed, depths.columns(chosen.taps))
+    views = choose_views(found.views, choices.views)
 
-    def see(samples: Sequence[Sample], view: ViewName) -> NDArray[np.float32]:
-        return np.ascontiguousarray(album.rows(placed.adapted(views=(view,)), samples)[:, columns])
-
-    def stack(samples: Sequence[Sample]) -> NDArray[np.float32]:
-        return np.stack([see(samples, view) for view in views], 1) if len(views) > 1 else see(samples, *views)
+    def see(samples: Sequence[Sample]) -> NDArray[np.float32]:
+        seen = [gallery.rows(placed.adapted(views=(view,)), samples) for view in views]
+        return np.stack(seen, 1) if len(views) > 1 else seen[0]
 
     taps = () if chosen.taps == (FINAL,) else chosen.taps
-    return Sight(dataclasses.replace(placed, taps=taps, views=views), found, stack)
+    return Sight(dataclasses.replace(placed, taps=taps, views=views), found, see)
+
+
+def recall(values: Mapping[str, Any] | None, depths: Depths) -> Evidence | None:
+    """What an interrupted run had found, from its plan's JSON values; None where that is of no use."""
+    try:
+        known = Evidence.from_json(values) if values else None
+    except (LookupError, TypeError, ValueError) as error:
+        log.info("the plan holds no evidence that can be read (%s): it is gathered again", error)
+        return None
+    return known if known and {variant.taps for variant in known.variants} == set(depths.choices) else None
 
 
 def _place(spec: Spec, geometries: Sequence[Variant]) -> Spec:
@@ -262,29 +215,23 @@ def _place(spec: Spec, geometries: Sequence[Variant]) -> Spec:
     return spec.adapted(size=best.size, fit=best.fit)
 
 
-def _find(table: Table, depths: Depths, album: Album, choices: Choices, world: World) -> Evidence:
+def _find(table: Table, depths: Depths, gallery: Gallery, choices: Choices, world: World) -> Evidence:
     """What there is to be found about geometries, then in the best one about depths, then about views of these."""
-    geometries = weigh_geometries(table, depths.taps, album, choices, world)
-    spec, purse = _place(album.spec, geometries), album.purse
-    if spec != album.spec:
-        album.rows(spec, table.dataset.samples)  # those of the report at once with the others
-    matrix, common = album.rows(spec, table.samples), table.common()
-    variants = world.tell(weigh_depths(table, matrix, depths))
+    geometries = weigh_geometries(table, depths.taps, gallery, choices, world)
+    spec = _place(gallery.spec, geometries)
+    if spec != gallery.spec:
+        gallery.rows(spec, table.dataset.samples)  # those of the report at once with the others
+    variants = world.tell(weigh_depths(table, gallery.rows(spec, table.samples), depths))
     chosen = choose_variant(variants)
-    columns = depths.columns(chosen.taps)
+    gallery.narrow(spec, depths.columns(chosen.taps))
+    matrix, common = gallery.rows(spec, table.samples), table.common()
     most = ROOM_BYTES // (matrix.itemsize * len(matrix) * (matrix.shape[1] + len(table.dataset.classes)))
     if most < LARGEST_SET and choices.views == "auto":
         log.info("views: there is memory for the features of %d at most", max(1, most))
     sets = list_views(chosen, choices.symmetry, common, most) if choices.views == "auto" else ()
-    whole = len(table.dataset.samples) * album.enlargement(spec.preprocess.size)
-    sets = tuple(views for views in sets if purse.pays(f"views {name_views(views)}", (len(views) - 1) * whole))
-
-    def see(samples: Sequence[Sample], view: ViewName) -> NDArray[np.float32]:
-        return album.rows(spec.adapted(views=(view,)), samples)[:, columns]
-
-    weighed = weigh_views(table, see, sets, chosen.taps, world)
-    curve = draw_curve(table, np.ascontiguousarray(matrix[:, columns]), chosen)
-    return Evidence(variants, weighed, curve, common, geometries, tuple(purse.refused))
+    weighed = weigh_views(table, gallery, spec, sets, chosen.taps, world)
+    curve = draw_curve(table, matrix, chosen)
+    return Evidence(variants, weighed, curve, common, geometries, tuple(gallery.purse.refused))
 
 
 @dataclass(frozen=True, eq=False)
@@ -357,9 +304,9 @@ class Table:
 
 
 def weigh_geometries(
-    table: Table, taps: Sequence[str], album: Album, choices: Choices, world: World = World()
+    table: Table, taps: Sequence[str], gallery: Gallery, choices: Choices, world: World = World()
 ) -> tuple[Variant, ...]:
-    """The network's own geometry and others, on a part of the pictures; nothing where there are no others to try.
+    """The network's own geometry and others, on a part of the pictures; nothing where no others are tried.
 
     Fits are compared at the network's own size, and the best one at a larger size: each only where there is time to see
     all pictures by it.
@@ -367,34 +314,38 @@ def weigh_geometries(
     Args:
         table: the pictures.
         taps: what features are of.
-        album: their features.
+        gallery: their features.
         choices: the geometries to try.
         world: this process among others, which have to try the same.
     """
     some, _ = table.part(VIEWED)
-    own = album.spec.preprocess
+    own, every = gallery.spec, len(table.dataset.samples)
 
-    def judge(fit: Fit, size: int) -> Variant:
-        features = album.rows(album.spec.adapted(size=size, fit=fit), some.samples)
-        found = some.describe(some.fit(features, some.judge), taps, ("plain",))
-        return dataclasses.replace(found, fit=fit, size=size)
+    def judge(spec: Spec) -> Variant:
+        found = some.describe(some.fit(gallery.rows(spec, some.samples), some.judge), taps, ("plain",))
+        return dataclasses.replace(found, fit=spec.preprocess.fit, size=spec.preprocess.size)
 
-    def pays(what: str, tried: int, size: int) -> bool:
-        pictures = len(table.dataset.samples) + (tried - 1) * len(some.samples)
-        return album.purse.pays(what, pictures * album.enlargement(size))
+    def add(found: list[Variant], spec: Spec, what: str) -> list[Variant]:
+        pays = gallery.pays(what, spec, every, some.samples)
+        told: list[Variant] = world.tell([*found, judge(spec)]) if pays else found
+        return told
 
     if not choices.fits and not choices.larger:
         return ()
-    found: list[Variant] = world.tell([judge(own.fit, own.size)])
+    found: list[Variant] = world.tell([judge(own)])
     if is_little_left(found[0], table.common()):
         return ()
-    if choices.fits and pays(f"fit {', '.join(choices.fits)}", len(choices.fits), own.size):
-        found = world.tell([*found, *(judge(fit, own.size) for fit in choices.fits)])
-    if choices.larger and pays(f"a square of {choices.larger} pixels", 1, choices.larger):
-        fit = choose_geometry(found).fit
-        assert fit
-        found = world.tell([*found, judge(fit, choices.larger)])
-    return tuple(found) if len(found) > 1 else ()
+    for fit in choices.fits:
+        found = add(found, own.adapted(fit=fit), f"fit {fit}")
+    if choices.larger:
+        larger = _place(own, found).adapted(size=choices.larger)
+        found = add(found, larger, f"a square of {choices.larger} pixels")
+    best = _place(own, found)
+    # The trial may have taken longer than was foreseen.
+    rest = every - len(some.samples)
+    if len(found) == 1 or (best != own and not gallery.pays("the best geometry", best, rest, some.samples)):
+        return ()
+    return tuple(found)
 
 
 def weigh_depths(table: Table, matrix: NDArray[np.float32], depths: Depths) -> tuple[Variant, ...]:
@@ -415,37 +366,48 @@ def weigh_depths(table: Table, matrix: NDArray[np.float32], depths: Depths) -> t
 
 def weigh_views(
     table: Table,
-    see: Callable[[Sequence[Sample], ViewName], NDArray[np.float32]],
+    gallery: Gallery,
+    spec: Spec,
     sets: Sequence[tuple[ViewName, ...]],
     taps: Sequence[str],
     world: World = World(),
 ) -> tuple[Variant, ...]:
-    """The plain view and sets of views on a part of the pictures; nothing without sets.
+    """The plain view and sets of views on a part of the pictures; nothing where no sets are tried.
 
-    A larger set is tried only where the smaller ones together promise that it is worth its passes.
+    A larger set is tried only where the smaller ones together promise that it is worth its passes, and each only where
+    there is time to see all pictures by it.
 
     Args:
         table: the pictures.
-        see: gives the features of a view of pictures, (m, dim).
+        gallery: their features.
+        spec: the network, with the plain view.
         sets: the views to try, the smaller sets first.
         taps: what the features are of.
         world: this process among others, which have to try the same.
     """
-    if not sets:
-        return ()
     some, _ = table.part(VIEWED)
-    look = functools.cache(lambda view: see(some.samples, view))
+    rest, seen = len(table.dataset.samples) - len(some.samples), {"plain"}
+
+    @functools.cache
+    def look(view: ViewName) -> NDArray[np.float32]:
+        return gallery.rows(spec.adapted(views=(view,)), some.samples)
 
     def judge(views: tuple[ViewName, ...]) -> Variant:
         rows = look("plain") if len(views) == 1 else np.stack([look(view) for view in views], 1)
         return some.describe(some.fit(rows, some.judge), taps, views)
 
-    found: list[Variant] = world.tell([judge(("plain",))])
-    for _, equal in itertools.groupby(sets, key=len):
+    found: list[Variant] = world.tell([judge(("plain",))]) if sets else []
+    for size, equal in itertools.groupby(sets, key=len):
+        tried = tuple(equal)
+        fresh = {view for views in tried for view in views} - seen
         if len(found) > 1 and not promises_more(found):
             break
-        found = world.tell([*found, *map(judge, equal)])
-    return tuple(found)
+        what, other = f"views {', '.join(map(name_views, tried))}", spec.adapted(views=tried[0][1:2])
+        if not gallery.pays(what, other, len(fresh) * len(some.samples) + (size - 1) * rest, some.samples):
+            break
+        seen |= fresh
+        found = world.tell([*found, *map(judge, tried)])
+    return tuple(found) if len(found) > 1 else ()
 
 
 def draw_curve(table: Table, matrix: NDArray[np.float32], whole: Variant) -> Curve | None:

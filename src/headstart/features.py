@@ -63,7 +63,7 @@ class Survey:
     facts: Columns  # width, height (n,), hash (n, 32), thumbnail (n, 16, 16): the fields of `images.Facts`
     unreadable: dict[str, str]
     seconds: dict[str, float]  # network: building it; decode, forward: summed over threads
-    pace: float = 0.0  # seconds in which one picture's features were computed after another's; 0: hardly any were
+    pace: float = 0.0  # seconds in which a picture was opened and its features computed, all cores at work; 0: none was
 
     @property
     def ratio(self) -> float:
@@ -291,8 +291,7 @@ class _Filler:
         self.digests: dict[int, str] = {}
         self.errors: dict[int, str] = {}
         self.seconds = {"network": 0.0, "decode": 0.0, "forward": 0.0}
-        self.computed = 0  # pictures
-        self._first = self._last = 0.0  # when they were
+        self._computed, self._busy = 0, 0.0  # pictures, and what they took of all threads
         self.facts = facts
         self.vectors: Store | None = None
         self._new_vectors: dict[str, NDArray[np.float32]] = {}
@@ -300,8 +299,8 @@ class _Filler:
 
     @property
     def pace(self) -> float:
-        """Seconds from one picture's features to the next one's; 0 where hardly any were computed."""
-        return (self._last - self._first) / (self.computed - 1) if self.computed > 1 else 0.0
+        """Seconds in which a picture is opened and its features computed, all cores at work; 0 where none was."""
+        return self._busy / self._computed / loading.count_cpus() if self._computed else 0.0
 
     def timed(self, make: Callable[[], T]) -> Callable[[], T]:
         """The function, its time kept."""
@@ -344,8 +343,8 @@ class _Filler:
             self._new_facts[picture.digest] = picture.facts
         if picture.vector is not None:
             self._new_vectors[picture.digest] = picture.vector
-            self._last = time.perf_counter()
-            self._first, self.computed = self._first or self._last, self.computed + 1
+            self._computed += 1
+            self._busy += picture.decode_seconds + picture.compute_seconds
         if max(len(self._new_vectors), len(self._new_facts)) >= SHARD_ROWS:
             self._flush()
 

@@ -138,10 +138,11 @@ class Classifier:
         where = embedders.resolve_device(device)
         precision = embedders.resolve_precision(precision, where)
         folder = configs.cache_folder() / "features" / embedders.GRAPHS
+        workshop = embedders.Workshop()
         engine = embedders.find_engine(
-            self.backbone.spec, lambda: self.backbone, where, precision, folder, lambda _: pictures
+            self.backbone.spec, lambda: self.backbone, where, precision, folder, lambda _: pictures, workshop=workshop
         )
-        return embedders.prepare(self.backbone, where, precision, engine, folder)
+        return workshop.prepare(self.backbone, where, precision, engine, folder=folder)
 
     def predict(
         self,

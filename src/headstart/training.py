@@ -47,14 +47,15 @@ from headstart.plan import FitHead, Plan, Situation
 from headstart.processes import World
 from headstart.quality import Audit
 from headstart.runs import RunFolder
-from headstart.verdicts import LEAST_SELECT, Evidence, list_fits
+from headstart.verdicts import LEAST_SELECT, list_fits
 from headstart.views import View
 from headstart.zoo import Spec
 
 if TYPE_CHECKING:
     from headstart.bench import Bench
     from headstart.evaluation import Evaluation
-    from headstart.evidence import Purse, Sight
+    from headstart.evidence import Sight
+    from headstart.gallery import Purse
     from headstart.model import Classifier
 
 log = logging.getLogger(__name__)
@@ -148,11 +149,11 @@ def _conduct(
         survey = views.survey(given, config, track, folder.path / SPARE, world)
         view = views.without_features(survey, config, world)
     clock.mark("pictures")
-    from headstart import evaluation, evidence, phases
+    from headstart import evaluation, gallery, phases
     from headstart.bench import embed
 
     audit, dataset = _deal(given, view.survey, config)
-    purse = evidence.Purse(clock.left, view.survey.pace, world)
+    purse = gallery.Purse(clock.left, view.survey.pace, world)
     sight = _weigh(folder, dataset, network, view, audit, config, look, purse, world)
     if strategies.may_train_further(config):
         sight.rows(dataset.samples)  # computed before it is asked how much time is left
@@ -333,7 +334,7 @@ def _find_look(
         track=track,
         spare_cache=folder.path / SPARE,
         world=world,
-        prepare=embedders.Workshop().prepare,
+        workshop=embedders.Workshop(),
         looks=1 if network.depths is None else LOOKS,
     )
 
@@ -404,8 +405,7 @@ def _weigh(
     fits = list_fits(own, ratio) if config.model.fit == "auto" else ()
     larger = 0 if config.model.size else network.depths.larger
     choices = evidence.Choices(config.engine.symmetry, config.model.views, fits, larger)
-    before = world.tell((folder.read_json("plan.json") or {}).get("evidence"))
-    known = Evidence.from_json(before) if before else None  # though there is more time now, or less
+    known = evidence.recall(world.tell((folder.read_json("plan.json") or {}).get("evidence")), network.depths)
     return evidence.gather(table, network.depths, network.spec, view.rows, look_again, choices, world, purse, known)
 
 

@@ -57,16 +57,17 @@ def look(
     spare_cache: Path | None = None,
     limits: Limits | None = None,
     world: World = World(),
-    prepare: Callable[..., embedders.Embedder] = embedders.prepare,
+    workshop: embedders.Workshop | None = None,
     looks: int = 1,
 ) -> View:
     """Open every picture of a data set once and compute its features, but for what the cache has.
 
-    Several processes compute a share each; what they put into the cache, all of them then read. `prepare` makes a
-    network ready to run; `looks` is about how many there will be, this one and others in other ways.
+    Several processes compute a share each; what they put into the cache, all of them then read. The `workshop` makes
+    the network ready to run; `looks` is about how many there will be, this one and others in other ways.
     """
     chosen: dict[str, Any] = {}
     sources, allowed = dataset.sources, limits or limits_of(config)
+    made = workshop or embedders.Workshop()
 
     @functools.cache  # its answer hangs on what the cache holds, and must not change on the way
     def find_format() -> str:
@@ -79,11 +80,11 @@ def look(
             return _count_missing([dataset.path(source) for source in sources], held) if held else len(sources)
 
         find = functools.partial(embedders.find_engine, spec, load, device, precision, cache / embedders.GRAPHS)
-        chosen["engine"] = world.tell(find(count_missing, looks, prepare) if world.first else "torch")
+        chosen["engine"] = world.tell(find(count_missing, looks, made) if world.first else "torch")
         return forms[chosen["engine"]]
 
     def make_embedder() -> loading.Compute:
-        embedder = prepare(load(), **chosen, folder=cache / embedders.GRAPHS)
+        embedder = made.prepare(load(), **chosen, folder=cache / embedders.GRAPHS)
         chosen["precision"] = str(embedder.dtype).removeprefix("torch.")  # float32 where the trial failed
         return embedder
 
