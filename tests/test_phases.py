@@ -708,6 +708,22 @@ def test_where_activations_have_no_room_pictures_are_opened_in_every_epoch(left,
     assert not trainings_of(plan_with(100, (dataclasses.replace(pace, keeps=True),), freeze="x", epochs=6))
 
 
+@pytest.mark.parametrize(
+    ("look", "left", "named"),
+    [
+        (0.0, 1.0, [BLOCKS, ALL]),  # nothing is known: everything is measured
+        (0.01, 1000.0, [BLOCKS, ALL]),
+        (0.01, 60.0, [BLOCKS]),
+        (0.01, 30.0, []),
+    ],
+)
+def test_what_cannot_fit_by_how_long_a_look_takes_is_not_measured(look, left, named):
+    situation = dataclasses.replace(SITUATION, timing=Timing((), left), look_seconds=look)
+    made = decide(situation, resolve(None, {"time_budget": "10m"}))
+    assert [phase.name for phase in trainings_of(made)] == named
+    assert (made.unmeasured is None) == (not named)
+
+
 @pytest.mark.parametrize(("left", "epochs"), [(121.9, 12), (90.0, 10), (61.0, 7), (59.9, 6)])
 def test_where_nothing_dearer_fits_the_last_training_may_be_longer(left, epochs):
     made = plan_with(left)

@@ -61,9 +61,19 @@ class Watched:
 
         backbone.register_forward_pre_hook(note)
 
-    def find(self, cache=None, precision="auto", name="timm/small", preprocess=PREPROCESS, task="single", **changes):
+    def find(
+        self,
+        cache=None,
+        precision="auto",
+        name="timm/small",
+        preprocess=PREPROCESS,
+        task="single",
+        fastest="bfloat16",
+        **changes,
+    ):
         chosen = dataclasses.replace(SETTINGS, **changes)
-        return find_pace(self.model, self.blocks, chosen, preprocess, task, precision, name, cache).layout
+        given = (self.model, self.blocks, chosen, preprocess, task, precision, name, cache)
+        return find_pace(*given, fastest=fastest).layout
 
 
 def slow_but_in(fast):
@@ -71,6 +81,13 @@ def slow_but_in(fast):
 
 
 # The layout
+
+
+def test_bfloat16_is_not_tried_where_features_are_faster_in_float32_unless_it_is_asked_for():
+    watched = Watched()
+    watched.behave = slow_but_in(HALF)
+    assert watched.find(fastest="float32") in (FIRST, LAST) and HALF not in watched.passes
+    assert watched.find(fastest="float32", precision="bfloat16") == HALF
 
 
 @pytest.mark.parametrize("fast", [FIRST, LAST, HALF], ids=str)

@@ -230,6 +230,7 @@ def measure_pace(bench: Bench, phase: Train, config: RunConfig, folder: Path) ->
         f"{name} {' '.join(spec.taps)}".strip(),
         None if chosen_cache == "none" else cache / "layouts",
         activations,
+        bench.precision,
     )
     if not phase.name:
         return pace

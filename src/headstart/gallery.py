@@ -29,24 +29,24 @@ class Purse:
     """
 
     def __init__(self, left: Callable[[], float | None] = lambda: None, pace: float = 0.0, world: World = World()):
-        self._left, self._pace, self._world = left, pace, world
+        self._left, self.pace, self._world = left, pace, world
         self.refused: list[str] = []  # what there was no time for, in words
 
     @property
     def is_blind(self) -> bool:
         """Whether it is asked how long a look takes, and that is not known."""
-        blind: bool = self._world.tell(self._left() is not None and not self._pace)
+        blind: bool = self._world.tell(self._left() is not None and not self.pace)
         return blind
 
     def pays(self, what: str, pictures: float) -> bool:
         """Whether there is time to look at so many pictures; where there is not, that is kept in words."""
-        why: str = self._world.tell(weigh_look(what, pictures * self._pace, self._left()))
+        why: str = self._world.tell(weigh_look(what, pictures * self.pace, self._left()))
         self.refused += filter(None, (why,))
         return not why
 
     def note(self, pace: float) -> None:
         """Take note of how long a picture took: the slowest look counts."""
-        self._pace = max(self._pace, pace)
+        self.pace = max(self.pace, pace)
 
 
 class Gallery:

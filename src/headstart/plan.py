@@ -118,6 +118,7 @@ class Situation:
     report: int = 0  # of the role `report`
     fit: Fit = "crop"  # how pictures are brought into the network's square, unless evidence finds better
     size: int = 224  # of that square's side, in pixels
+    look_seconds: float = 0.0  # in which a picture was opened and seen, at least; 0: not known
 
 
 @dataclass(frozen=True)
@@ -304,8 +305,8 @@ def _plan_training(s: Situation, strategy: Strategy, config: RunConfig, reasons:
         return [Train(settings, layout, start, "features", views=views)]
     reasons.append(f"training in {layout}")
     if pace is not None:
-        seconds = settings.epochs * s.pictures * pace.seconds
-        reasons.append(f"{settings.epochs} epochs of {s.pictures} pictures: about {show_time(seconds)}")
+        took = show_time(settings.epochs * s.pictures * pace.seconds)
+        reasons.append(f"{settings.epochs} epochs of {s.pictures} pictures: about {took}")
     last = Train(settings, layout, start, views=views)
     if strategy != "two-stage":
         return [last]
@@ -356,7 +357,8 @@ def _allot(
         longer: whether the last of them may have more epochs.
     """
     left = math.inf if s.timing.seconds_left is None else s.timing.seconds_left
-    pace, outlook = next(iter(s.timing.paces), Pace(UNMEASURED, 0.0)), Outlook(0.0, 0.0, 0.0, left)
+    guess = Pace(UNMEASURED, s.look_seconds / DEARER, look_seconds=s.look_seconds)  # the first step: a look, at least
+    pace, outlook = next(iter(s.timing.paces), guess), Outlook(0.0, 0.0, 0.0, left)
     left -= s.timing.head_seconds  # the head is fitted once more in the end, and what is taken looks at the report
     left -= s.report * (pace.supply_seconds + max(map(len, last.views)) * pace.look_seconds)
     phases: list[Train] = []
@@ -416,7 +418,7 @@ def _give(phase: Train, seconds: float) -> Train:
 def _list_trainings(
     s: Situation, evidence: Evidence, engine: EngineConfig, reasons: list[str]
 ) -> list[tuple[Train, int]]:
-    """(a phase with as many epochs as it should have, how many it has to have at least), the cheapest first."""
+    """(a phase with as many epochs as it should have, how many it needs at least), the cheapest first."""
     freeze = engine.freeze if engine.freeze != "0" else ""
     boundary, why = find_boundary(evidence, freeze)
     found = []

@@ -159,7 +159,8 @@ def _conduct(
         sight.rows(dataset.samples)  # computed before it is asked how much time is left
     clock.mark("evidence")
     bench = _set_up(dataset, network, view, sight, config, world)
-    situation = dataclasses.replace(_situate(dataset, audit, config, network, view), evidence=sight.evidence)
+    situation = _situate(dataset, audit, config, network, view)
+    situation = dataclasses.replace(situation, evidence=sight.evidence, look_seconds=purse.pace)
     chosen, head = phases.settle(folder, bench, situation, config, audit.groups, clock)
     folder.write_json("audit.json", audit.to_json())
     folder.write_text("split.csv", splits.to_csv(dataset))
