@@ -13,7 +13,7 @@ from typing import Any
 
 import more_sets
 from claims import count, judge, say
-from entrants import ARMS, BROUGHT, CUT, FULL, OURS, OURSELVES, RIVALS, SEEDS, SETS, takes_part
+from entrants import ARMS, BROUGHT, CUT, FULL, OURS, OURSELVES, RIVALS, SEEDS, SETS, WITHOUT, takes_part
 from headstart.files import write_whole
 from headstart.metrics import Estimate
 from results import (
@@ -199,7 +199,7 @@ def show_facts(rows: Sequence[Row]) -> list[str]:
         "Machine": "; ".join(sorted({row["machine"] for row in rows})),
         "Versions": ", ".join(versions),
         "Digest of headstart's source": ", ".join(sorted({row["source"] for row in rows if "source" in row})),
-        "Time": ", ".join(filter(None, (show_hours(rows, name) for name in (*OURS, *RIVALS)))),
+        "Time": ", ".join(filter(None, (show_hours(rows, name) for name in (*OURS, *RIVALS) if name not in WITHOUT))),
     }
     return [f"* {name}: {text or '-'}" for name, text in facts.items()]
 

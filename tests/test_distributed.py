@@ -225,7 +225,7 @@ def begin_small(world, validate, folder=None, **changes):
     from headstart.engine import Training
     from headstart.images import Preprocess
     from headstart.material import Material
-    from headstart.plan import Layout
+    from headstart.timing import Layout
 
     plain = {"epochs": 3, "batch_size": 4, "optimizer": "sgd", "learning_rate": 0.05, "layer_decay": 1.0}
     plain |= {"schedule": "constant", "loss": "cross-entropy", "batch_norm": "train", "augment": "none"}

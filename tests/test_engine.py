@@ -37,7 +37,7 @@ from headstart.engine import Adapted, Epoch, Step, Training, kept_memory
 from headstart.errors import TrainingError
 from headstart.images import Preprocess
 from headstart.material import Material
-from headstart.plan import Layout
+from headstart.timing import Layout
 
 PLAIN = Layout("float32", False)
 

@@ -237,7 +237,7 @@ BETTER = {("crop", 16): 1.5, ("squash", 16): 2.0, ("pad", 16): 1.7, ("squash", 3
 class Seen:
     """Pictures of three classes in geometries that tell these apart by a signal each; what was looked at is noted."""
 
-    pace = 0.0
+    pace, slow = 0.0, 1.0  # seconds of a picture at the network's own size; times as many at a larger one, unforeseen
 
     def __init__(self, tmp_path, signals):
         table, numbers = make_table(120, tmp_path)
@@ -257,7 +257,8 @@ class Seen:
     def look(self, spec, samples):
         place = spec.preprocess.fit, spec.preprocess.size, *spec.views
         self.asked.append((*place, len(samples)))
-        survey = Survey(tuple(sample.source for sample in samples), (), {}, {}, {}, self.pace)
+        pace = self.pace * (spec.preprocess.size / 16) ** 2 * (self.slow if spec.preprocess.size > 16 else 1)
+        survey = Survey(tuple(sample.source for sample in samples), (), {}, {}, {}, len(samples), pace)
         return View(self.stack(samples, *place), survey, "", "cpu", "float32")
 
     def gather(self, choices, world=World(), purse=None, known=None):
@@ -349,6 +350,12 @@ def test_of_several_processes_the_first_one_finds_the_geometry(tmp_path):
 
 # Time
 
+
+def took(pace, computed=10_000):
+    """A look for which so many pictures were computed, each in so many seconds."""
+    return Survey((), (), {}, {}, {}, computed, pace)
+
+
 EVERY = Choices(fits=("squash", "pad"), larger=32)
 IN_ALL = {**BETTER, ("squash", 32): 2.0}  # with errors left, so that views are tried too
 
@@ -373,7 +380,7 @@ IN_ALL = {**BETTER, ("squash", 32): 2.0}  # with errors left, so that views are 
 )
 def test_only_what_there_is_time_for_is_tried(tmp_path, seconds, tried, views, refused):
     seen = Seen(tmp_path, IN_ALL)
-    sight = seen.gather(EVERY, purse=Purse(lambda: seconds, 1.0))
+    sight = seen.gather(EVERY, purse=Purse(lambda: seconds, took(1.0)))
     assert geometries(sight) == ([("crop", 16), *tried] if tried else [])
     assert len(sight.evidence.views) == (1 + views if views else 0)
     assert len(sight.evidence.untried) == refused
@@ -385,8 +392,8 @@ def test_only_what_there_is_time_for_is_tried(tmp_path, seconds, tried, views, r
 class Watch(Purse):
     """A purse whose time goes on as pictures are looked at."""
 
-    def __init__(self, seen, seconds, pace=0.0):
-        super().__init__(lambda: seconds - sum(4 ** (size > 16) * count for _, size, _, count in seen.asked), pace)
+    def __init__(self, seen, seconds, first=None):
+        super().__init__(lambda: seconds - sum(4 ** (size > 16) * count for _, size, _, count in seen.asked), first)
 
 
 def test_where_nobody_knows_how_long_a_look_takes_a_few_pictures_are_seen_first(tmp_path):
@@ -401,17 +408,50 @@ def test_a_trial_that_took_longer_than_foreseen_is_not_followed_by_a_look_at_all
     monkeypatch.setattr(evidence, "VIEWED", 60)
     seen = Seen(tmp_path, IN_ALL)
     seen.pace = 1.0
-    sight = seen.gather(dataclasses.replace(LARGER, larger=0), purse=Watch(seen, 180, 0.001))
+    sight = seen.gather(dataclasses.replace(LARGER, larger=0), purse=Watch(seen, 180, took(0.001, 30)))
     assert seen.asked == [("squash", 16, "plain", 60)]  # after which the other fit is known to take too long, too
-    assert sight.evidence.geometries == () and sight.evidence.untried[-1].startswith("the best geometry: not tried")
+    assert sight.evidence.geometries == ()
+    assert sight.evidence.untried[-1].startswith("squash 16 on all pictures: not tried")
     assert geometry_of(sight.spec) == ("crop", 16)
 
 
+def test_of_geometries_too_dear_for_all_pictures_the_best_that_is_not_is_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr(evidence, "VIEWED", 60)
+    seen = Seen(tmp_path, BETTER)  # squash 32 is the best, then squash 16
+    seen.pace, seen.slow = 1.0, 2.0
+    sight = seen.gather(LARGER, purse=Watch(seen, 1140, took(0.1, 30)))
+    assert geometries(sight) == [("crop", 16), ("squash", 16), ("pad", 16)]
+    assert geometry_of(sight.spec) == ("squash", 16)
+    assert [why.split(":")[0] for why in sight.evidence.untried] == ["squash 32 on all pictures"]
+
+
+def test_views_are_not_taken_where_their_trial_took_longer_than_foreseen(tmp_path, monkeypatch):
+    monkeypatch.setattr(evidence, "VIEWED", 60)
+    seen = Seen(tmp_path, BETTER)
+    seen.pace = 1.0
+    sight = seen.gather(Choices(), purse=Watch(seen, 250, took(0.01, 30)))
+    assert sight.spec.views == ("plain",) and sight.evidence.views == ()
+    assert sight.evidence.untried[-1].split(": ")[0].endswith("on all pictures")
+
+
+def test_the_look_for_which_most_was_computed_tells_how_long_a_picture_takes():
+    purse = Purse(lambda: 1000.0, took(2.0, 100))
+    for look, expected in ((took(9.0, 16), 2.0), (took(0.0, 0), 2.0), (took(1.0, 100), 1.0), (took(6.0, 200), 6.0)):
+        purse.note(look, 1.0)
+        assert purse.pace == expected
+    purse.note(took(8.0, 300), 4.0)  # of four times the pixels
+    assert purse.pace == 2.0
+
+
 def test_of_several_processes_the_first_one_tells_what_there_is_time_for(tmp_path):
-    purse = Purse(lambda: 1000.0, 1.0, Told(lambda value: "no time" if value == "" else value))
+    purse = Purse(lambda: 1000.0, took(1.0), Told(lambda value: "no time" if value == "" else value))
     assert not purse.pays("views all", 10) and purse.refused == ["no time"]
-    assert not Purse(lambda: 1000.0, 0.0, Told(lambda value: False)).is_blind
-    assert Purse(lambda: 1000.0).is_blind and not Purse(lambda: None).is_blind and not Purse(lambda: 1.0, 1.0).is_blind
+    assert not Purse(lambda: 1000.0, None, Told(lambda value: False)).is_blind
+    assert (
+        Purse(lambda: 1000.0).is_blind
+        and not Purse(lambda: None).is_blind
+        and not Purse(lambda: 1.0, took(1.0)).is_blind
+    )
 
 
 def test_a_gallery_forgets_what_was_not_chosen(tmp_path):
@@ -440,7 +480,7 @@ def test_how_long_a_picture_takes_is_learned_from_the_looks(tmp_path):
         "32 pixels: not tried, that would take about 34 min of the 17 min" in why for why in sight.evidence.untried
     )
     larger = Seen(tmp_path, {**IN_ALL, ("crop", 32): 1.7})
-    larger.pace = 4.0  # at 32 pixels a side: 1 at 16
+    larger.pace = 1.0  # at 16 pixels a side: 4 at 32
     purse = Purse(lambda: 1020.0)
     assert geometries(larger.gather(dataclasses.replace(LARGER, fits=()), purse=purse)) == [("crop", 16), ("crop", 32)]
     assert purse.pays("510", 510) and not purse.pays("511", 511)
@@ -448,10 +488,10 @@ def test_how_long_a_picture_takes_is_learned_from_the_looks(tmp_path):
 
 def test_what_was_known_is_not_measured_again_whatever_there_is_time_for(tmp_path, monkeypatch):
     first, again = Seen(tmp_path, IN_ALL), Seen(tmp_path, IN_ALL)
-    found = first.gather(EVERY, purse=Purse(lambda: 2 * 247, 1.0))
+    found = first.gather(EVERY, purse=Purse(lambda: 2 * 247, took(1.0)))
     monkeypatch.setattr(evidence, "weigh_depths", lambda *_: pytest.fail("it was measured again"))
     for seconds in (None, 0.0):
-        sight = again.gather(EVERY, purse=Purse(lambda seconds=seconds: seconds, 1.0), known=found.evidence)
+        sight = again.gather(EVERY, purse=Purse(lambda seconds=seconds: seconds, took(1.0)), known=found.evidence)
         assert (sight.spec, sight.evidence) == (found.spec, found.evidence)
         assert np.array_equal(sight.rows(again.report), found.rows(first.report))
 
@@ -463,7 +503,8 @@ def test_evidence_that_is_of_no_use_is_gathered_again(tmp_path, caplog):
     assert evidence.recall(values, FINAL_ALONE) == found
     assert evidence.recall(None, FINAL_ALONE) is None and not caplog.records
     assert evidence.recall(values, DEPTHS) is None  # of another network
-    for name in ("untried", "geometries", "curve"):
+    assert evidence.recall({key: value for key, value in values.items() if key != "untried"}, FINAL_ALONE) == found
+    for name in ("views", "geometries", "curve"):
         assert evidence.recall({key: value for key, value in values.items() if key != name}, FINAL_ALONE) is None
     assert evidence.recall({**values, "variants": [{"taps": [FINAL]}]}, FINAL_ALONE) is None
     assert caplog.text.count("it is gathered again") == 4

@@ -22,9 +22,10 @@ from headstart.errors import DataError, UsageError
 from headstart.heads import FittedHead
 from headstart.images import Limits, open_image
 from headstart.model import Classifier
-from headstart.plan import FitHead, Layout, Pace, Plan, Timing, Train
+from headstart.plan import FitHead, Plan, Train
 from headstart.processes import World
 from headstart.runs import RunFolder
+from headstart.timing import Layout, Pace, Timing
 
 PLAIN, DEVICE = Layout("float32", False), torch.device("cpu")
 

@@ -17,8 +17,9 @@ from headstart.config import EngineConfig
 from headstart.engine import Epoch, Step
 from headstart.errors import TrainingError
 from headstart.history import History, draw, open_history, read
-from headstart.plan import FitHead, Layout, Plan, Train
+from headstart.plan import FitHead, Plan, Train
 from headstart.runs import RunFolder
+from headstart.timing import Layout
 
 SVG = "{http://www.w3.org/2000/svg}"
 START = (-1, -1, 0)

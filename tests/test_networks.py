@@ -12,7 +12,7 @@ from headstart.blocks import find_blocks
 from headstart.config import EngineConfig
 from headstart.engine import Adapted, Training
 from headstart.material import Material
-from headstart.plan import Layout
+from headstart.timing import Layout
 
 SIZE = 96  # enough for all of them; their own would take minutes
 SMALL = ("AlexNet", "ResNet-18", "MnasNet", "EfficientNet-B0", "GoogLeNet", "DenseNet-121")

@@ -15,8 +15,9 @@ from headstart.config import resolve
 from headstart.engine import Adapted, Training
 from headstart.errors import TrainingError, UsageError
 from headstart.phases import Arm, choose, interpolate
-from headstart.plan import Choose, FitHead, Layout, Pace, Situation, Timing, Train, decide
+from headstart.plan import Choose, FitHead, Situation, Train, decide
 from headstart.taps import see_blocks
+from headstart.timing import Layout, Pace, Timing
 from headstart.verdicts import FINAL, Evidence, Variant
 
 
@@ -185,6 +186,18 @@ def test_a_run_goes_on_with_the_evidence_that_it_had(many, tiny_weights, tmp_pat
     monkeypatch.setattr(evidence, "weigh_depths", lambda *_: pytest.fail("it was measured again"))
     again = headstart.train(many, tmp_path / "run", dry_run=True, **options(tiny_weights))
     assert known == [made.evidence] == [again.evidence] and again.phases == made.phases
+
+
+def test_what_could_not_fit_by_how_long_a_look_took_is_not_trained_when_the_run_goes_on(
+    many, tiny_weights, tmp_path, monkeypatch, doubtful
+):
+    settle, seconds = phases.settle, iter([1e4, 0.0])  # of a look; none when all features are in the cache
+    monkeypatch.setattr(phases, "settle", lambda *given: settle(*given[:-1], next(seconds)))
+    monkeypatch.setattr(fitting, "measure_pace", lambda *_: pytest.fail("it was timed"))
+    planned = headstart.train(many, tmp_path / "run", dry_run=True, **options(tiny_weights))
+    assert planned.timing.look_seconds == 1e4 and not planned.trains
+    run = headstart.train(many, tmp_path / "run", **options(tiny_weights))
+    assert run.plan.timing == planned.timing and run.plan.phases == planned.phases
 
 
 def test_a_run_that_was_interrupted_goes_on_by_the_pace_it_had(many, tiny_weights, tmp_path, monkeypatch, doubtful):
@@ -713,12 +726,12 @@ def test_where_activations_have_no_room_pictures_are_opened_in_every_epoch(left,
     [
         (0.0, 1.0, [BLOCKS, ALL]),  # nothing is known: everything is measured
         (0.01, 1000.0, [BLOCKS, ALL]),
-        (0.01, 60.0, [BLOCKS]),
-        (0.01, 30.0, []),
+        (0.02, 60.0, [BLOCKS]),
+        (0.02, 30.0, []),
     ],
 )
 def test_what_cannot_fit_by_how_long_a_look_takes_is_not_measured(look, left, named):
-    situation = dataclasses.replace(SITUATION, timing=Timing((), left), look_seconds=look)
+    situation = dataclasses.replace(SITUATION, timing=Timing((), left, look_seconds=look))
     made = decide(situation, resolve(None, {"time_budget": "10m"}))
     assert [phase.name for phase in trainings_of(made)] == named
     assert (made.unmeasured is None) == (not named)

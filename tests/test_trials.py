@@ -21,7 +21,7 @@ from headstart.engine import Adapted, Training
 from headstart.errors import TrainingError
 from headstart.images import Preprocess
 from headstart.material import Material
-from headstart.plan import Layout
+from headstart.timing import Layout
 from headstart.trials import find_pace, find_rate
 
 FIRST, LAST, HALF = Layout("float32", False), Layout("float32", True), Layout("bfloat16", True)

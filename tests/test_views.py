@@ -193,4 +193,21 @@ def test_how_long_a_picture_took_is_told_where_any_was_computed(dataset, tiny_we
     backbone = backbones.load(backbones.locate("auto", str(tiny_weights)))
     given = (dataset, backbone.spec, lambda: backbone, config_with("auto"), lambda items, _: items)
     first, second = views.look(*given).survey, views.look(*given).survey
-    assert 0 < first.pace < 1 and second.pace == 0
+    assert (first.computed, second.computed) == (36, 0) and 0 < first.pace < 1 and second.pace == 0
+
+
+def test_of_several_processes_each_tells_its_share_of_how_long_a_picture_took(dataset, tiny_weights):
+    class Second(World):
+        def share(self, items):
+            return items[1::2]
+
+        def tell(self, value):
+            return value
+
+        def wait(self):
+            pass
+
+    backbone = backbones.load(backbones.locate("auto", str(tiny_weights)))
+    given = (dataset, backbone.spec, lambda: backbone, config_with("auto"), lambda items, _: items)
+    seen = views.look(*given, world=Second(1, 2, 1)).survey
+    assert seen.computed == 18 and 0 < seen.pace < 1

@@ -128,8 +128,8 @@ def _convert(function: Callable[[torch.Tensor], torch.Tensor], example: torch.Te
             return function(inputs)
 
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # tracing is deprecated, and takes shapes for constants: here they are
-        # Of one picture, the batch would be seen as a side that can be left out.
+        warnings.simplefilter("ignore")  # tracing is deprecated, and takes sides of pictures for constants: they are
+        # With two pictures it takes half as long. With one, the batch would be seen as a side that can be left out.
         decoder = decoders.TorchScriptPythonDecoder(Module(), example_input=(example[:2],))
     model = frontend.convert(frontend.load(decoder))
     model.reshape(list(example.shape))

@@ -30,8 +30,8 @@ from headstart.errors import DivergedError, TrainingError
 from headstart.loading import ahead, count_cpus
 from headstart.material import Batch, Material, Window, draw_windows, make_window
 from headstart.metrics import is_better
-from headstart.plan import Layout
 from headstart.processes import Signals, World, share_statistics
+from headstart.timing import Layout
 from headstart.verdicts import can_win
 
 log = logging.getLogger(__name__)

@@ -340,12 +340,14 @@ def weigh_geometries(
     if choices.larger:
         larger = _place(own, found).adapted(size=choices.larger)
         found = add(found, larger, f"a square of {choices.larger} pixels")
-    best = _place(own, found)
-    # The trial may have taken longer than was foreseen.
+    # The trials may have taken longer than was foreseen.
     rest = every - len(some.samples)
-    if len(found) == 1 or (best != own and not gallery.pays("the best geometry", best, rest, some.samples)):
-        return ()
-    return tuple(found)
+    while (best := _place(own, found)) != own:
+        fit, size = best.preprocess.fit, best.preprocess.size
+        if gallery.pays(f"{fit} {size} on all pictures", best, rest, some.samples):
+            break
+        found = [one for one in found if (one.fit, one.size) != (fit, size)]
+    return tuple(found) if len(found) > 1 else ()
 
 
 def weigh_depths(table: Table, matrix: NDArray[np.float32], depths: Depths) -> tuple[Variant, ...]:
@@ -407,6 +409,11 @@ def weigh_views(
             break
         seen |= fresh
         found = world.tell([*found, *map(judge, tried)])
+    # The trials may have taken longer than was foreseen.
+    best = choose_views(found, "auto")
+    whole = (len(best) - 1) * rest
+    if len(best) > 1 and not gallery.pays(f"views {name_views(best)} on all pictures", spec, whole, some.samples):
+        return ()
     return tuple(found) if len(found) > 1 else ()
 
 

@@ -63,7 +63,8 @@ class Survey:
     facts: Columns  # width, height (n,), hash (n, 32), thumbnail (n, 16, 16): the fields of `images.Facts`
     unreadable: dict[str, str]
     seconds: dict[str, float]  # network: building it; decode, forward: summed over threads
-    pace: float = 0.0  # seconds in which a picture was opened and its features computed, all cores at work; 0: none was
+    computed: int = 0  # pictures whose features were not in the cache
+    pace: float = 0.0  # seconds in which one of them was opened and its features computed, all cores at work
 
     @property
     def ratio(self) -> float:
@@ -331,7 +332,8 @@ class _Filler:
         digests = tuple(self.digests[row] for row in rows)
         unreadable = {sources[row]: why for row, why in sorted(self.errors.items())}
         facts = self.facts.gather(digests, self.facts.index())
-        return Survey(tuple(sources[row] for row in rows), digests, facts, unreadable, self.seconds, self.pace)
+        there = tuple(sources[row] for row in rows)
+        return Survey(there, digests, facts, unreadable, self.seconds, self._computed, self.pace)
 
     def _add(self, picture: Picture) -> None:
         self.digests[picture.index] = picture.digest

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from headstart import (
     augmentation,
     checkpoints,
+    embedders,
     evaluation,
     heads,
     metrics,
@@ -47,9 +48,10 @@ from headstart.history import open_history, summarise
 from headstart.images import Limits, View
 from headstart.material import draw_windows, make_window
 from headstart.model import Classifier
-from headstart.plan import FitHead, Pace, Plan, Train
+from headstart.plan import FitHead, Plan, Train
 from headstart.runs import RunFolder
 from headstart.taps import untap
+from headstart.timing import Pace
 
 log = logging.getLogger(__name__)
 
@@ -230,7 +232,7 @@ def measure_pace(bench: Bench, phase: Train, config: RunConfig, folder: Path) ->
         f"{name} {' '.join(spec.taps)}".strip(),
         None if chosen_cache == "none" else cache / "layouts",
         activations,
-        bench.precision,
+        embedders.resolve_precision("auto", bench.device),
     )
     if not phase.name:
         return pace

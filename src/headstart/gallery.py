@@ -1,4 +1,4 @@
-"""Pictures seen by a network in several geometries and views, each once, as far as there is time."""
+"""Pictures seen by a network in several geometries and views, as far as there is time."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headstart.data import Sample
+from headstart.features import Survey
 from headstart.processes import World
 from headstart.verdicts import weigh_look
 from headstart.views import View
@@ -24,12 +25,17 @@ class Purse:
 
     Args:
         left: gives the seconds that are left; None where there is no budget.
-        pace: seconds that a picture takes at the network's own size; 0: not known yet.
+        first: the look at all pictures in the network's own geometry; None: there was none.
         world: this process among others, which have to decide alike.
     """
 
-    def __init__(self, left: Callable[[], float | None] = lambda: None, pace: float = 0.0, world: World = World()):
-        self._left, self.pace, self._world = left, pace, world
+    def __init__(
+        self, left: Callable[[], float | None] = lambda: None, first: Survey | None = None, world: World = World()
+    ) -> None:
+        self._left, self._world = left, world
+        self.pace, self._computed = 0.0, 0  # seconds that a picture takes at the network's own size; of how many
+        if first is not None:
+            self.note(first, 1.0)
         self.refused: list[str] = []  # what there was no time for, in words
 
     @property
@@ -44,13 +50,14 @@ class Purse:
         self.refused += filter(None, (why,))
         return not why
 
-    def note(self, pace: float) -> None:
-        """Take note of how long a picture took: the slowest look counts."""
-        self.pace = max(self.pace, pace)
+    def note(self, look: Survey, enlargement: float) -> None:
+        """Take note of how long a picture took: the look for which most were computed counts."""
+        if look.computed and look.computed >= self._computed:
+            self.pace, self._computed = look.pace / enlargement, look.computed
 
 
 class Gallery:
-    """Features of pictures in several geometries and views; each picture is looked at once in each.
+    """Features of pictures in several geometries and views, looked at where somebody asks for one that was not yet.
 
     Args:
         spec: the network.
@@ -72,7 +79,7 @@ class Gallery:
         seen = self._seen[_key(spec)]
         if not {sample.source for sample in samples} <= seen.keys():
             view = self._look(spec, samples)
-            self.purse.note(view.survey.pace / self.enlargement(spec))
+            self.purse.note(view.survey, self.enlargement(spec))
             found = np.ascontiguousarray(view.rows(samples)[:, self._columns])
             seen.update(zip([sample.source for sample in samples], found))
         return np.stack([seen[sample.source] for sample in samples])
@@ -88,7 +95,7 @@ class Gallery:
     def pays(self, what: str, spec: Spec, pictures: float, some: Sequence[Sample]) -> bool:
         """Whether there is time to see so many pictures in a way; where nobody knows, a few of some are seen so."""
         if self.purse.is_blind:
-            self.rows(spec, some[:TIMED])
+            self.rows(spec, some[:: max(1, len(some) // TIMED)][:TIMED])
         return self.purse.pays(what, pictures * self.enlargement(spec))
 
     def enlargement(self, spec: Spec) -> float:

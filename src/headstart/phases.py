@@ -31,16 +31,23 @@ from headstart.fitting import Trained
 from headstart.heads import FittedHead
 from headstart.images import View
 from headstart.model import Classifier
-from headstart.plan import Choose, FitHead, Phase, Plan, Situation, Timing, Train
+from headstart.plan import Choose, FitHead, Phase, Plan, Situation, Train
 from headstart.runs import Clock, RunFolder
 from headstart.strategies import Strategy
+from headstart.timing import Timing
 from headstart.verdicts import can_win, show_views
 
 log = logging.getLogger(__name__)
 
 
 def settle(
-    folder: RunFolder, bench: Bench, situation: Situation, config: RunConfig, groups: Mapping[str, str], clock: Clock
+    folder: RunFolder,
+    bench: Bench,
+    situation: Situation,
+    config: RunConfig,
+    groups: Mapping[str, str],
+    clock: Clock,
+    look_seconds: float = 0.0,
 ) -> tuple[Plan, FittedHead | None]:
     """(the plan, written; the head that it begins with, where that was fitted to know how long it takes).
 
@@ -53,6 +60,7 @@ def settle(
         config: the settings.
         groups: source -> group, of what must stay together.
         clock: of the run.
+        look_seconds: in which evidence opened a picture and saw it; 0: not known.
     """
 
     def agree(timing: Timing) -> Timing:
@@ -62,7 +70,7 @@ def settle(
         return plan.decide(dataclasses.replace(situation, timing=timing), config)
 
     before, head = (folder.read_json("plan.json") or {}).get("timing"), None
-    timing = agree(Timing.from_json(before) if before else Timing((), clock.left()))
+    timing = agree(Timing.from_json(before) if before else Timing((), clock.left(), look_seconds=look_seconds))
     chosen = make(timing)
     fitting.check_settings(bench, chosen)
     if chosen.chooses and not before:
@@ -70,7 +78,8 @@ def settle(
         assert isinstance(first, FitHead)
         splits.demand_folds(bench.dataset, first.folds)
         head = fit_head(bench, bench.dataset.of_role("fit"), groups, first)
-        timing = agree(Timing((), clock.left(), time.perf_counter() - start))
+        taken = time.perf_counter() - start
+        timing = agree(dataclasses.replace(timing, seconds_left=clock.left(), head_seconds=taken))
         chosen = make(timing)
     while (phase := chosen.unmeasured) is not None:
         pace = fitting.measure_pace(bench, phase, config, folder.path)

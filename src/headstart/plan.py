@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,6 +22,7 @@ from headstart.strategies import (
     read_views,
     trains,
 )
+from headstart.timing import Layout, Pace, Timing
 from headstart.verdicts import (
     FINAL,
     LEAST_EPOCHS,
@@ -60,48 +61,6 @@ KNN_VECTORS = 20_000  # of features, one for each view of a picture: a model tha
 
 
 @dataclass(frozen=True)
-class Layout:
-    """The number format, and the layout in memory, that forward and backward passes are computed in."""
-
-    precision: str  # float32, bfloat16 or float16
-    channels_last: bool = True
-
-    def __str__(self) -> str:
-        return f"{self.precision}, channels {'last' if self.channels_last else 'first'}"
-
-
-@dataclass(frozen=True)
-class Pace:
-    """The layout in which something is trained fastest here, and how fast."""
-
-    layout: Layout
-    seconds: float  # of a training step, for each of its pictures
-    name: str = ""  # of what is trained
-    look_seconds: float = 0.0  # of a picture's way through the network when a model is measured; 0: not needed
-    supply_seconds: float = 0.0  # in which a picture is opened, where memory does not keep it, and varied
-    keeps: bool = True  # whether there is room for activations, where a frozen prefix is to run once
-
-
-@dataclass(frozen=True)
-class Timing:
-    """How fast weights are trained here; measured once, so that an interrupted run goes on as it began."""
-
-    paces: tuple[Pace, ...] = ()
-    seconds_left: float | None = None  # of the time budget, after they were measured
-    head_seconds: float = 0.0  # in which a head is fitted
-
-    def pace(self, name: str) -> Pace | None:
-        """How fast something is trained; None where that was not measured."""
-        return next((pace for pace in self.paces if pace.name == name), None)
-
-    @staticmethod
-    def from_json(values: Mapping[str, Any]) -> Timing:
-        """The timing in a plan's JSON values."""
-        paces = (Pace(**{**pace, "layout": Layout(**pace["layout"])}) for pace in values["paces"])
-        return Timing(tuple(paces), values["seconds_left"], values["head_seconds"])
-
-
-@dataclass(frozen=True)
 class Situation:
     """The facts that a plan is made from."""
 
@@ -118,7 +77,6 @@ class Situation:
     report: int = 0  # of the role `report`
     fit: Fit = "crop"  # how pictures are brought into the network's square, unless evidence finds better
     size: int = 224  # of that square's side, in pixels
-    look_seconds: float = 0.0  # in which a picture was opened and seen, at least; 0: not known
 
 
 @dataclass(frozen=True)
@@ -357,18 +315,19 @@ def _allot(
         longer: whether the last of them may have more epochs.
     """
     left = math.inf if s.timing.seconds_left is None else s.timing.seconds_left
-    guess = Pace(UNMEASURED, s.look_seconds / DEARER, look_seconds=s.look_seconds)  # the first step: a look, at least
+    least = LEAST_STEP * s.timing.look_seconds
+    guess = Pace(UNMEASURED, least / DEARER, look_seconds=least)
     pace, outlook = next(iter(s.timing.paces), guess), Outlook(0.0, 0.0, 0.0, left)
     left -= s.timing.head_seconds  # the head is fitted once more in the end, and what is taken looks at the report
     left -= s.report * (pace.supply_seconds + max(map(len, last.views)) * pace.look_seconds)
     phases: list[Train] = []
-    for phase, least in offers:
+    for phase, fewest in offers:
         # What was not measured yet is taken to be dearer, and is measured where there may be time for it. Random
         # weights are trained as all blocks are.
         dearer = pace.seconds * (DEARER if phase.start == "pretrained" else 1.0)
         pace = s.timing.pace(phase.name) or dataclasses.replace(pace, seconds=dearer, layout=UNMEASURED)
         found = _foresee(s, phase, last, pace, left)
-        epochs, why = weigh_time(phase.name, found, phase.settings.epochs, least)
+        epochs, why = weigh_time(phase.name, found, phase.settings.epochs, fewest)
         reasons.append(why)
         if epochs:
             outlook, left = found, left - found.take(epochs)
@@ -487,6 +446,7 @@ AROUND = 0.5  # of an epoch's steps: what a training takes beside all that is co
 TUNED_RATE, TUNED_VIEWS = 3e-4, 4  # of the last blocks alone, and the views of each picture that they are shown
 SLOWER = 1.1  # times its foreseen time a training may take: the last epochs of a schedule are the best
 LONGER = 2  # times as many epochs, at most, the last training has where there is time left
+LEAST_STEP = 0.5  # of the time in which a picture was opened and seen: less is not expected of any step
 DEARER = 2.5  # a step of what is not measured yet, over that of what is: all blocks over the last ones
 UNMEASURED = Layout("float32", False)
 LAYER_DECAY = 0.75  # of the next block's rate; the first of nine blocks learns at a tenth of the head's

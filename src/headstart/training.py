@@ -53,6 +53,7 @@ from headstart.zoo import Spec
 
 if TYPE_CHECKING:
     from headstart.bench import Bench
+    from headstart.embedders import Workshop
     from headstart.evaluation import Evaluation
     from headstart.evidence import Sight
     from headstart.gallery import Purse
@@ -63,7 +64,6 @@ log = logging.getLogger(__name__)
 Data = str | os.PathLike[str] | Dataset
 T = TypeVar("T")
 SPARE = "cache"  # the folder in a run's for features that the default cache cannot take
-LOOKS = 3  # about as often all pictures are looked at where geometry and views are chosen by evidence
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +142,8 @@ def _conduct(
 ) -> Run | Plan:
     """The run, from the first picture to the last file; `metrics.json` comes last and marks it as finished."""
     clock = runs.Clock(strategies.read_budget(config))
-    look = _find_look(folder, network, config, track, world)
+    workshop = embedders.Workshop()
+    look = _find_look(folder, network, config, track, world, workshop)
     if strategies.needs_features(config):
         view = look(given, network.spec, network.load)
     else:
@@ -153,15 +154,15 @@ def _conduct(
     from headstart.bench import embed
 
     audit, dataset = _deal(given, view.survey, config)
-    purse = gallery.Purse(clock.left, view.survey.pace, world)
+    purse = gallery.Purse(clock.left, view.survey, world)
     sight = _weigh(folder, dataset, network, view, audit, config, look, purse, world)
     if strategies.may_train_further(config):
         sight.rows(dataset.samples)  # computed before it is asked how much time is left
+        workshop.made.clear()  # training needs the memory
     clock.mark("evidence")
     bench = _set_up(dataset, network, view, sight, config, world)
-    situation = _situate(dataset, audit, config, network, view)
-    situation = dataclasses.replace(situation, evidence=sight.evidence, look_seconds=purse.pace)
-    chosen, head = phases.settle(folder, bench, situation, config, audit.groups, clock)
+    situation = dataclasses.replace(_situate(dataset, audit, config, network, view), evidence=sight.evidence)
+    chosen, head = phases.settle(folder, bench, situation, config, audit.groups, clock, purse.pace)
     folder.write_json("audit.json", audit.to_json())
     folder.write_text("split.csv", splits.to_csv(dataset))
     clock.mark("audit")
@@ -326,17 +327,19 @@ def _quietly(items: Iterable[T], total: int) -> Iterable[T]:
 
 
 def _find_look(
-    folder: RunFolder, network: Network, config: RunConfig, track: Track, world: World
+    folder: RunFolder, network: Network, config: RunConfig, track: Track, world: World, workshop: Workshop
 ) -> Callable[[Dataset, Spec, Callable[[], Backbone]], View]:
-    """How this run looks at pictures through the network: for all geometries and views it is made ready once."""
+    """How this run looks at pictures through the network, and about how often."""
+    left = (config.model.fit == "auto" or not config.model.size) + (config.model.views == "auto")
+    looks = 1 + (left if network.depths is not None else 0)
     return functools.partial(
         views.look,
         config=config,
         track=track,
         spare_cache=folder.path / SPARE,
         world=world,
-        workshop=embedders.Workshop(),
-        looks=1 if network.depths is None else LOOKS,
+        workshop=workshop,
+        looks=looks,
     )
 
 
@@ -402,8 +405,7 @@ def _weigh(
         backbone = Backbone(spec, network.load().state_dict())
         return look(dataset.with_samples(samples), spec, lambda: backbone)
 
-    own, ratio = network.spec.preprocess.fit, view.survey.ratio
-    fits = list_fits(own, ratio) if config.model.fit == "auto" else ()
+    fits = list_fits(network.spec.preprocess.fit, view.survey.ratio) if config.model.fit == "auto" else ()
     larger = 0 if config.model.size else network.depths.larger
     choices = evidence.Choices(config.engine.symmetry, config.model.views, fits, larger)
     known = evidence.recall(world.tell((folder.read_json("plan.json") or {}).get("evidence")), network.depths)

@@ -28,7 +28,7 @@ from headstart.errors import DivergedError, TrainingError
 from headstart.files import write_whole
 from headstart.images import Preprocess
 from headstart.material import Material
-from headstart.plan import Layout, Pace
+from headstart.timing import Layout, Pace
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def find_pace(
         cache: folder where layouts are kept; None: nowhere. How fast one is, is timed each time: the machine may have
             had other things to do.
         activations: what stands for each picture where the first blocks do not run, (...); None: pixels.
-        fastest: the number format of features here: a CPU without bfloat16 takes ten times as long for a step in it.
+        fastest: the number format that the device is fastest in: a CPU without bfloat16 takes ten times as long in it.
     """
     device = next(model.parameters()).device
     batch = min(settings.batch_size, MOST_PICTURES)

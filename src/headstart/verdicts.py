@@ -101,7 +101,7 @@ class Evidence:
         curve = values["curve"]
         if curve is not None:
             curve = Curve(**{**curve, "points": tuple((pictures, error) for pictures, error in curve["points"])})
-        untried = tuple(values["untried"])
+        untried = tuple(values.get("untried", ()))  # a plan of before budgets held for evidence has none
         return Evidence(read("variants"), read("views"), curve, values["common"], read("geometries"), untried)
 
     @property

@@ -93,12 +93,12 @@ def look(
         return features.extract(paths, some, spec, find_format, make_embedder, cache, allowed, shown)
 
     with _shared_cache(config, spare_cache, world) as cache:
-        pace = 0.0
         if world.size > 1:
-            pace = extract(world.share(sources), track)[1].pace / world.size
+            own = extract(world.share(sources), track)[1]
             world.wait()
         extracted, survey = extract(sources, track if world.size == 1 else lambda items, _: items)
-        survey = dataclasses.replace(survey, pace=max(pace, survey.pace))
+        if world.size > 1:  # by now the cache has all of them
+            survey = dataclasses.replace(survey, computed=own.computed, pace=own.pace / world.size)
         world.wait()
     return View(extracted.matrix, survey, extracted.key, str(chosen["device"]), chosen["precision"])
 
