@@ -691,7 +691,8 @@ def test_a_step_is_timed_without_the_frozen_blocks_where_their_activations_will_
     settings = decide(batch_size=2, freeze="2", cached_views=views, disk_mebibytes=room)
     pace = fitting.measure_pace(bench, Train(settings, PLAIN, name="the last blocks"), RunConfig(), tmp_path)
     assert pace.keeps == (kept or not views)  # where none are to be kept, nothing has no room
-    ((model, blocks, timed, *_, name, _, activations),) = seen
+    ((model, blocks, timed, *_, name, _, activations, fastest),) = seen
+    assert fastest == embedders.resolve_precision("auto", bench.device)
     assert len(blocks) == len(bench.blocks) - 2 * kept and timed.freeze == ("" if kept else "2")
     assert (" after " in name) == kept == (activations is not None)
     if kept:
