@@ -96,12 +96,14 @@ def hold(cases: Sequence[Case], entrants: Sequence[str], python: Path, file: Pat
         weights = Path(folder, "weights.pth")
         # In a process of its own: what this one holds would count as the memory of those it starts.
         subprocess.run((sys.executable, "-c", EXPORT, weights), check=True)
-        for number, case in enumerate(cases):
+        for case in cases:
+            cache = Path(folder, "cache")
+            shutil.rmtree(cache, ignore_errors=True)
             for entrant in entrants:
                 if (*case, entrant) in done or not takes_part(entrant, case[1]):
                     continue
                 try:
-                    row = measure(case, entrant, python, weights, Path(folder, f"cache-{number}"))
+                    row = measure(case, entrant, python, weights, cache)
                 except Failed as failure:  # the others are still worth their time
                     print(*case, entrant, failure, file=sys.stderr, flush=True)
                     whole = False
