@@ -16,10 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from headstart import compiled, features
+from headstart import compiled, features, files
 from headstart.backbones import Backbone
 from headstart.errors import BackboneError, UsageError
-from headstart.files import write_whole
 from headstart.images import Preprocess, View
 from headstart.loading import BATCH_SIZE, Compute, count_cpus
 
@@ -162,9 +161,8 @@ class Workshop:
     """Makes forms of one network ready that differ in geometry and views alone: what runs is made and timed once."""
 
     made: dict[tuple[object, ...], Embedder] = field(default_factory=dict)
-    timed: dict[str, EngineSeconds] = field(
-        default_factory=dict
-    )  # by the names of files, as a cache may be for one look
+    # By the names of files: a cache may be there for one look alone.
+    timed: dict[str, EngineSeconds] = field(default_factory=dict)
 
     def prepare(
         self, backbone: Backbone, device: torch.device, precision: str, engine: Engine = "torch", **options: Any
@@ -200,9 +198,8 @@ class EngineSeconds:
         """The engine that is done first, with as many runs as each has before it; OpenVINO may be ready already."""
         if self.openvino * LEAST_GAIN > self.torch:
             return "torch"
-        start = (
-            START_SECONDS if by_openvino and not is_ready else 0.0
-        )  # nothing is imported where all features are there
+        # Nothing is imported where all features are there.
+        start = START_SECONDS if by_openvino and not is_ready else 0.0
         return "openvino" if start + by_openvino * self.openvino < by_torch * self.torch else "torch"
 
 
@@ -238,7 +235,8 @@ def find_engine(
     by_torch = missing * len(spec.views)
     workshop = workshop or Workshop()
     file = _place(spec, precision, folder).with_suffix(".json")
-    seconds = workshop.timed.get(file.name) or _recall(file)
+    known = files.recall(file, lambda values: EngineSeconds(**values), "the engines are timed again")
+    seconds = workshop.timed.get(file.name) or known
     if seconds is None:
         if by_torch * looks < TRIAL_RUNS * count_cpus():
             return "torch"
@@ -247,7 +245,7 @@ def find_engine(
         if by_torch * looks * _time_run(plain) < TRIAL_SECONDS:
             return "torch"
         seconds = _time_engines(backbone, plain, precision, workshop, folder)
-        _keep(file, seconds)
+        files.remember(file, seconds, "the engines will be timed again")
     workshop.timed[file.name] = seconds
     is_ready = workshop.holds(spec, device, precision, "openvino")
     return seconds.find_best(by_torch, count_missing("openvino") * len(spec.views), is_ready)
@@ -388,25 +386,6 @@ def _place(spec: Spec, precision: str, folder: Path) -> Path:
     machine = [_find_capabilities(), count_cpus(), torch.__version__, compiled.find_version()]
     described = json.dumps(["network alone", features.key_of(bare), precision, *machine], sort_keys=True)
     return folder / hashlib.sha256(described.encode()).hexdigest()[:32]
-
-
-def _recall(file: Path) -> EngineSeconds | None:
-    """The answer in a file; None where there is none, or it cannot be read."""
-    if not file.exists():
-        return None
-    try:
-        return EngineSeconds(**json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, OSError) as error:
-        log.info("%s cannot be read (%s): the engines are timed again", file, error)
-        return None
-
-
-def _keep(file: Path, seconds: EngineSeconds) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps(dataclasses.asdict(seconds)).encode())
-    except OSError as error:
-        log.info("%s cannot be written (%s): the engines will be timed again", file, error.strerror)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import json
 import logging
 import math
 from collections import Counter
@@ -24,11 +23,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from headstart import bench, evaluation, fitting, metrics, splits
+from headstart import bench, evaluation, files, fitting, metrics, splits
 from headstart.backbones import Backbone
 from headstart.data import Dataset, Sample
 from headstart.features import key_of
-from headstart.files import write_whole
 from headstart.gallery import Gallery, Look, Purse
 from headstart.heads import FittedHead
 from headstart.images import Fit
@@ -76,6 +74,11 @@ class Depths:
     widths: tuple[int, ...] = ()
     larger: int = 0  # side in pixels of a larger input that the network takes; 0: none
 
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> Depths:
+        """The depths in JSON values."""
+        return Depths(tuple(values["taps"]), tuple(values["widths"]), int(values["larger"]))
+
     @property
     def choices(self) -> tuple[tuple[str, ...], ...]:
         """What a head may be fitted on: each depth by itself, or all of them."""
@@ -94,20 +97,15 @@ class Depths:
 def recall_depths(spec: Spec, load: Callable[[], Backbone], folder: Path | None) -> Depths:
     """The depths of a network that are worth a look, from a file in `folder` where they are known already."""
     file = folder / f"depths-{key_of(spec)}.json" if folder is not None else None
-    if file is not None and file.exists():
-        try:
-            known = json.loads(file.read_text(encoding="utf-8"))
-            return Depths(tuple(known["taps"]), tuple(known["widths"]), int(known["larger"]))
-        except (ValueError, LookupError, TypeError) as error:
-            log.info("%s cannot be read (%s): it is made again", file, error)
+    known = None
+    if file is not None:
+        known = files.recall(file, Depths.from_json, "it is made again")
+    if known is not None:
+        return known
     network, size = load().network, spec.preprocess.size
     depths = Depths(*find_depths(network, size), find_larger(network, size))
     if file is not None:
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(file, json.dumps(dataclasses.asdict(depths)).encode())
-        except OSError as error:
-            log.info("%s cannot be written (%s): the depths will be found again", file, error.strerror)
+        files.remember(file, depths, "the depths will be found again")
     return depths
 
 
@@ -204,7 +202,10 @@ def recall(values: Mapping[str, Any] | None, depths: Depths) -> Evidence | None:
     except (LookupError, TypeError, ValueError) as error:
         log.info("the plan holds no evidence that can be read (%s): it is gathered again", error)
         return None
-    return known if known and {variant.taps for variant in known.variants} == set(depths.choices) else None
+    if known and {variant.taps for variant in known.variants} != set(depths.choices):
+        log.info("the plan's evidence is of other depths than the network has now, and gathered anew")
+        return None
+    return known
 
 
 def _place(spec: Spec, geometries: Sequence[Variant]) -> Spec:

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import hashlib
+import json
+import logging
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 UNSEALED = "0" * 64  # where a seal will stand
 
 
@@ -27,6 +38,32 @@ def write_whole(path: Path, content: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):  # the error that matters is the one of writing
             partial.unlink(missing_ok=True)
+
+
+def remember(file: Path, value: DataclassInstance, otherwise: str) -> None:
+    """Keep what was found out as JSON, for the next time; where that cannot be written, what follows is logged."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, json.dumps(dataclasses.asdict(value)).encode())
+    except OSError as error:
+        log.info("%s cannot be written (%s): %s", file, error.strerror, otherwise)
+
+
+def recall(file: Path, make: Callable[[dict[str, Any]], T], otherwise: str) -> T | None:
+    """What `remember` kept; None where there is nothing, or nothing that can be read, and then what follows is logged.
+
+    Args:
+        file: where it lies.
+        make: makes the value of its JSON values.
+        otherwise: what follows where it cannot.
+    """
+    if not file.exists():
+        return None
+    try:
+        return make(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, LookupError, TypeError, OSError) as error:
+        log.info("%s cannot be read (%s): %s", file, error, otherwise)
+        return None
 
 
 def sync(folder: Path) -> None:

@@ -20,12 +20,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from headstart import files
 from headstart.blocks import Block
 from headstart.config import EngineConfig
 from headstart.data import Task
 from headstart.engine import Adapted, Training, kept_memory
 from headstart.errors import DivergedError, TrainingError
-from headstart.files import write_whole
 from headstart.images import Preprocess
 from headstart.material import Material
 from headstart.timing import Layout, Pace
@@ -72,14 +72,14 @@ def find_pace(
     device = next(model.parameters()).device
     batch = min(settings.batch_size, MOST_PICTURES)
     settings = dataclasses.replace(settings, batch_size=batch, accumulate=1, sampling="plain", ema=0.0)
-    file, layouts = None, _candidates(device, precision, fastest)
+    file, known, layouts = None, None, _candidates(device, precision, fastest)
     if cache is not None:
         side = preprocess.size if activations is None else activations.shape
         trained = settings.freeze, settings.rates, settings.batch_norm, settings.optimizer
         described = (name, side, batch, *trained, precision)
         key = hashlib.sha256(json.dumps([*described, _describe_machine(device)]).encode()).hexdigest()[:32]
         file = cache / f"layout-{key}.json"
-        known = _recall(file)
+        known = files.recall(file, lambda values: Layout(**values), "the steps are timed again")
         if known is not None:
             log.info("training in %s, the fastest when all were timed", known)
             layouts = [known]
@@ -94,29 +94,9 @@ def find_pace(
         raise TrainingError(name, why, "Give a smaller --batch-size, or another --precision or --device.")
     speeds = "; ".join(f"{layout}: {batch / taken:.1f}" for layout, taken in seconds.items())
     log.info("training steps timed, pictures a second: %s", speeds)
-    if file is not None and not file.exists():
-        _keep(file, best)
+    if file is not None and known is None:
+        files.remember(file, best, "the steps will be timed again")
     return Pace(best, seconds[best] / batch)
-
-
-def _keep(file: Path, layout: Layout) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps(dataclasses.asdict(layout)).encode())
-    except OSError as error:
-        log.info("%s cannot be written (%s): the steps will be timed again", file, error.strerror)
-
-
-def _recall(file: Path) -> Layout | None:
-    """The layout in a file; None where there is none, or it cannot be read."""
-    if not file.exists():
-        return None
-    try:
-        return Layout(**json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, OSError) as error:
-        log.info("%s cannot be read (%s): the steps are timed again", file, error)
-        file.unlink(missing_ok=True)
-        return None
 
 
 def _candidates(device: torch.device, precision: str, fastest: str) -> list[Layout]:
