@@ -240,9 +240,9 @@ def pretended(monkeypatch):
     return calls
 
 
-def find_for(backbone, folder, pictures=100_000, device=CPU, precision="float32", load=None, looks=1):
+def find_for(backbone, folder, pictures=100_000, device=CPU, precision="float32", load=None, looks=1, workshop=None):
     load = load or (lambda: backbone)
-    return find_engine(backbone.spec, load, device, precision, folder, lambda engine: pictures, looks)
+    return find_engine(backbone.spec, load, device, precision, folder, lambda engine: pictures, looks, workshop)
 
 
 def never():
@@ -339,6 +339,55 @@ def test_geometries_and_views_share_a_graph_and_its_trial(backbone, tmp_path, mo
     monkeypatch.setattr(embedders, "time_embedders", lambda *_: (1.0, 2.0))
     larger = Backbone(backbone.spec.adapted(size=96), backbone.state_dict())
     assert find_for(larger, tmp_path) == "torch" and len(set(pretended)) == 2
+
+
+def with_size(backbone, size):
+    return Backbone(backbone.spec.adapted(size=size), backbone.state_dict())
+
+
+def test_engines_are_timed_with_one_size_and_another_gets_its_graph_alone(backbone, tmp_path, monkeypatch, pretended):
+    workshop = embedders.Workshop()
+    monkeypatch.setattr(embedders, "time_embedders", lambda *_: (0.004, 0.001))
+    assert find_for(backbone, tmp_path, workshop=workshop) == "openvino"
+    for name in ("time_embedders", "_time_run"):
+        monkeypatch.setattr(embedders, name, lambda *_: pytest.fail("they were timed again"))
+    larger = with_size(backbone, 128)
+    # Four times as many pixels take 0.016 s each by PyTorch: 620 of them are done in less than ten seconds.
+    assert find_for(larger, tmp_path, 62, workshop=workshop, looks=10) == "torch" and len(pretended) == 1
+    assert find_for(larger, tmp_path, 63, workshop=workshop, looks=10) == "openvino" and len(set(pretended)) == 2
+    assert workshop.recall(larger.spec, CPU, "float32") == EngineSeconds(0.016, 0.004)
+    # Kept for the next run, which has nothing to foresee by.
+    assert find_for(larger, tmp_path, load=never) == "openvino"
+
+
+@pytest.mark.parametrize("seconds", [(1.0, 2.0), (1.0, 0.95)])
+def test_an_engine_that_was_slower_with_one_size_is_not_tried_with_another(
+    backbone, tmp_path, monkeypatch, pretended, seconds
+):
+    workshop = embedders.Workshop()
+    monkeypatch.setattr(embedders, "time_embedders", lambda *_: seconds)
+    assert find_for(backbone, tmp_path, workshop=workshop) == "torch"
+    assert find_for(with_size(backbone, 96), tmp_path, load=never, workshop=workshop) == "torch" and len(pretended) == 1
+
+
+def test_a_network_whose_larger_graph_fails_is_left_to_pytorch_for_that_size(
+    backbone, tmp_path, monkeypatch, pretended
+):
+    workshop = embedders.Workshop()
+    assert find_for(backbone, tmp_path, workshop=workshop) == "openvino"
+    monkeypatch.setattr(compiled, "compile_function", lambda *_: None)
+    for size in (96, 96, 64):
+        expected = "openvino" if size == 64 else "torch"
+        assert find_for(with_size(backbone, size), tmp_path, workshop=workshop) == expected
+    assert find_for(with_size(backbone, 96), tmp_path, load=never) == "torch"  # kept
+
+
+def test_what_is_known_from_an_earlier_run_foretells_other_sizes(backbone, tmp_path, monkeypatch, pretended):
+    assert find_for(backbone, tmp_path) == "openvino"
+    monkeypatch.setattr(embedders, "time_embedders", lambda *_: pytest.fail("they were timed again"))
+    workshop = embedders.Workshop()
+    assert find_for(backbone, tmp_path, load=never, workshop=workshop) == "openvino"
+    assert find_for(with_size(backbone, 96), tmp_path, workshop=workshop) == "openvino"
 
 
 @pytest.mark.parametrize("given", [{"device": torch.device("cuda")}, {"precision": "float16"}, {"pictures": 0}])

@@ -2,6 +2,7 @@ import copy
 import dataclasses
 import functools
 import json
+import math
 
 import numpy as np
 import pytest
@@ -93,11 +94,13 @@ def test_the_views_that_say_more_are_found(tmp_path, fresh):
 
     gallery = Gallery(spec, lambda samples: look(spec, samples).matrix, look, Purse())
     found = evidence.weigh_views(table, gallery, spec, SETS, (FINAL,))
-    # All are tried only where what mirror images and the enlarged middle gain adds up to enough.
-    plain, mirror, zoom, *rest = found
-    gains = sum(plain.log_loss - one.log_loss for one in (mirror, zoom)) / plain.log_loss
-    assert [variant.views for variant in found] == [("plain",), *SETS[: 2 + (gains > verdicts.WORTH_VIEWS)]]
-    assert len(rest) == (gains > verdicts.WORTH_VIEWS) and (len(rest) == 1 or len(fresh) < 3)
+    # All are tried only where what one gains and half of what the other gains are worth it beside what one gains.
+    plain, *singles = found[:3]
+    best, other = sorted((1 - one.log_loss / plain.log_loss for one in singles), reverse=True)
+    held = best if best > verdicts.WORTH_VIEWS else 0
+    more = 1 - best - other / 2 < (1 - held) * (1 - verdicts.WORTH_VIEWS)
+    assert [variant.views for variant in found] == [("plain",), *SETS[: 2 + more]]
+    assert more == (len(fresh) == 3)
     assert verdicts.choose_views(found, "auto") == ("plain", *fresh)
 
 
@@ -231,6 +234,7 @@ def test_depths_are_remembered_and_a_damaged_memory_is_made_again(tmp_path):
 
 FINAL_ALONE = Depths((FINAL,), (16,))
 LARGER = Choices(views="plain", fits=("squash", "pad"), larger=32)
+PADDED = dataclasses.replace(LARGER, fits=("pad",))
 BETTER = {("crop", 16): 1.5, ("squash", 16): 2.0, ("pad", 16): 1.7, ("squash", 32): 2.5}
 
 
@@ -279,8 +283,11 @@ def geometry_of(spec):
         ({}, LARGER, [("squash", 16), ("pad", 16), ("squash", 32)], ("squash", 32)),
         ({("squash", 32): 1.0}, LARGER, [("squash", 16), ("pad", 16), ("squash", 32)], ("squash", 16)),
         ({("pad", 16): 3.0, ("pad", 32): 1.0}, LARGER, [("squash", 16), ("pad", 16), ("pad", 32)], ("pad", 16)),
-        ({("crop", 16): 3.0, ("crop", 32): 3.5}, LARGER, [("squash", 16), ("pad", 16), ("crop", 32)], ("crop", 32)),
-        ({("crop", 16): 3.0, ("crop", 32): 1.0}, LARGER, [("squash", 16), ("pad", 16), ("crop", 32)], ("crop", 16)),
+        # Laid on grey it is not tried where pressed into the square it was worse.
+        ({("crop", 16): 3.0, ("crop", 32): 3.5}, LARGER, [("squash", 16), ("crop", 32)], ("crop", 32)),
+        ({("crop", 16): 3.0, ("crop", 32): 1.0}, LARGER, [("squash", 16), ("crop", 32)], ("crop", 16)),
+        ({("squash", 16): 1.495, ("crop", 32): 1.0}, LARGER, [("squash", 16), ("crop", 32)], ("crop", 16)),
+        ({("crop", 16): 3.0, ("pad", 16): 3.5, ("pad", 32): 1.0}, PADDED, [("pad", 16), ("pad", 32)], ("pad", 16)),
         ({}, dataclasses.replace(LARGER, larger=0), [("squash", 16), ("pad", 16)], ("squash", 16)),
         ({("crop", 32): 2.0}, dataclasses.replace(LARGER, fits=()), [("crop", 32)], ("crop", 32)),
         # What is better by less than a fiftieth is not worth another way, nor more pixels.
@@ -694,8 +701,9 @@ def test_the_geometry_that_was_found_is_saved_written_down_and_measured_by(
     written = json.loads((tmp_path / "run/plan.json").read_text())
     assert (written["phases"][0]["fit"], written["phases"][0]["size"]) == ("squash", 96)
     tried = {(found["fit"], found["size"]): found["log_loss"] for found in written["evidence"]["geometries"]}
-    assert list(tried) == [("crop", 64), ("squash", 64), ("pad", 64), ("squash", 96)]
-    assert all(0 < log_loss < 3 for log_loss in tried.values()) and len(set(tried.values())) == 4
+    padded = [("pad", 64)] if tried["squash", 64] <= tried["crop", 64] else []
+    assert list(tried) == [("crop", 64), ("squash", 64), *padded, ("squash", 96)]
+    assert all(0 < log_loss < 3 for log_loss in tried.values()) and len(set(tried.values())) == len(tried)
     assert any("squash 96 is taken" in reason for reason in written["reasons"])
     assert len(made) == 1  # for all that was tried
     again = headstart.evaluate(tmp_path / "run", precision="float32", device="cpu")
@@ -717,6 +725,9 @@ def test_the_fit_and_the_size_that_are_set_are_kept(shapes, tiny_weights, tmp_pa
     settings = {"weights": str(tiny_weights), "precision": "float32", "device": "cpu", **given}
     made = headstart.train(shapes, tmp_path / "run", dry_run=True, **settings)
     found = [f"{one.fit} {one.size}" for one in made.evidence.geometries]
+    losses = {one.fit: one.log_loss for one in made.evidence.geometries[:2]}
+    if losses.get("squash", 0) > losses.get("crop", math.inf):
+        tried = [one for one in tried if not one.startswith("pad")]
     assert len(found) == len(tried) and all(one.endswith(end) for one, end in zip(found, tried, strict=True))
     (phase,) = made.phases
     assert phase.fit == given.get("fit", phase.fit) and phase.size == given.get("size", phase.size)

@@ -98,7 +98,8 @@ def many(make_shapes, tmp_path):
 
 
 def options(tiny_weights, **more):
-    return {"weights": str(tiny_weights), "precision": "float32", "device": "cpu", "time_budget": "10m", **more}
+    quick = {"precision": "float32", "device": "cpu", "fit": "crop", "size": 32}
+    return {"weights": str(tiny_weights), "time_budget": "10m", **quick, **more}
 
 
 @pytest.fixture
@@ -106,6 +107,7 @@ def doubtful(monkeypatch):
     """Drawn shapes are told apart too easily for anything to be gained: that is overlooked."""
     monkeypatch.setattr("headstart.verdicts.is_little_left", lambda best, common: False)
     monkeypatch.setattr("headstart.verdicts.WHOLE_EPOCHS", 3)
+    monkeypatch.setattr("headstart.plan.TUNED_EPOCHS", 3)
     monkeypatch.setattr("headstart.evidence.list_views", lambda best, symmetry, *_: ())
     monkeypatch.setattr("headstart.engine.can_win", lambda losses, epochs, target: True)
 
@@ -119,9 +121,8 @@ def brief(monkeypatch, doubtful):
 
 def small(tiny_weights, **more):
     """Options with which a few small pictures are trained on in a second or two."""
-    geometry = {"fit": "crop", "size": 32, "views": "plain"}
-    few = {"select_share": 0.3, "folds": 2, "epochs": 2, "cached_views": 1, "interpolation": "100"}
-    return options(tiny_weights, **{**geometry, **few, **more})
+    few = {"select_share": 0.3, "folds": 2, "epochs": 2, "cached_views": 1, "interpolation": "100", "views": "plain"}
+    return options(tiny_weights, **{**few, **more})
 
 
 def worsen(monkeypatch):
@@ -242,7 +243,7 @@ def test_no_epoch_is_begun_that_would_take_longer_than_there_is_time(
     rows = [json.loads(line) for line in (tmp_path / "run/history.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows if "step" not in row] == [0, 1] * 2
     reasons = json.loads((tmp_path / "run/plan.json").read_text())["reasons"]
-    assert f"{BLOCKS}: stopped after 1 of 6 epochs, another would have taken too long" in reasons
+    assert f"{BLOCKS}: stopped after 1 of 3 epochs, another would have taken too long" in reasons
 
 
 def test_what_a_training_does_not_take_the_next_one_may(many, tiny_weights, tmp_path, monkeypatch, doubtful):
@@ -349,13 +350,13 @@ def test_weights_that_two_layers_share_lie_as_far_on_the_way_as_others():
     assert torch.equal(interpolate(start, end, 0.5).backbone[0].weight, torch.full((2, 2), 2.0))
 
 
-@pytest.mark.parametrize("name", [BLOCKS, ALL])
+@pytest.mark.parametrize("name", [pytest.param(BLOCKS, marks=pytest.mark.slow), ALL])
 @pytest.mark.parametrize(
     ("place", "call"),
     [
         pytest.param("prefix.keep", 2, marks=pytest.mark.slow),
         pytest.param("checkpoints.write", 3, marks=pytest.mark.slow),
-        ("checkpoints.write", 9),  # of all blocks: the last ones have six epochs and a start
+        ("checkpoints.write", 6),  # of all blocks: the last ones have three epochs and a start
         pytest.param("checkpoints.keep", 1, marks=pytest.mark.slow),
         pytest.param("fitting.train_phases", 2, marks=pytest.mark.slow),
         pytest.param("phases.weigh", 1, marks=pytest.mark.slow),
@@ -653,7 +654,7 @@ def test_an_arm_that_cannot_win_any_more_is_stopped_and_that_is_said(
     run = headstart.train(many, tmp_path / "run", **options(tiny_weights))
     rows = [json.loads(line) for line in (tmp_path / "run/history.jsonl").read_text().splitlines()]
     assert run is not None and [row["epoch"] for row in rows if "step" not in row] == [0, 1, 2] * 2
-    assert f"{BLOCKS}: stopped after 2 of 6 epochs, they could not win any more" in run.plan.reasons
+    assert f"{BLOCKS}: stopped after 2 of 3 epochs, they could not win any more" in run.plan.reasons
 
 
 DEEP = Evidence(

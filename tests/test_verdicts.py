@@ -24,6 +24,7 @@ from headstart.verdicts import (
     find_boundary,
     is_scratch_worth_trying,
     list_fits,
+    promises_more,
     read_time,
     show_time,
     weigh_look,
@@ -222,6 +223,33 @@ def test_views_are_those_that_are_set_or_the_cheapest_but_for_what_others_gain(m
     found = [dataclasses.replace(variant(log_loss=loss), views=VIEW_SETS[name]) for name, loss in losses.items()]
     assert choose_views(found, wanted) == VIEW_SETS[views]
     assert choose_views((), wanted) == VIEW_SETS["plain" if wanted == "auto" else wanted]
+
+
+@pytest.mark.parametrize(
+    ("mirror", "zoom", "more"),
+    [
+        (0.981, 0.999, False),
+        (0.985, 0.991, False),  # 0.9805 foretold
+        (0.985, 0.989, True),
+        (0.990, 0.980, True),  # none by itself is worth its pass: all together are held against the plain one
+        (0.990, 0.979, False),  # the enlarged middle is worth it, and all together are not that much better
+        (0.930, 0.965, False),
+        (0.955, 0.930, True),
+        (0.900, 1.100, False),
+        (1.000, 1.000, False),
+    ],
+)
+def test_all_views_are_tried_where_one_and_half_of_the_other_promise_enough(mirror, zoom, more):
+    found = [
+        dataclasses.replace(variant(log_loss=loss), views=VIEW_SETS[name])
+        for name, loss in (("plain", 1.0), ("mirror", mirror), ("zoom", zoom))
+    ]
+    assert promises_more(found) == promises_more([found[0], found[2], found[1]]) == more
+
+
+def test_a_single_other_view_promises_nothing_of_all_but_its_own_gain():
+    found = [variant(log_loss=1.0), dataclasses.replace(variant(log_loss=0.9), views=VIEW_SETS["zoom"])]
+    assert not promises_more(found)
 
 
 def geometries(losses):

@@ -161,8 +161,9 @@ class Workshop:
     """Makes forms of one network ready that differ in geometry and views alone: what runs is made and timed once."""
 
     made: dict[tuple[object, ...], Embedder] = field(default_factory=dict)
-    # By the names of files: a cache may be there for one look alone.
-    timed: dict[str, EngineSeconds] = field(default_factory=dict)
+    # By network and side of its input, and for the first side that was timed: a cache may be there for one look alone.
+    timed: dict[tuple[object, ...], EngineSeconds] = field(default_factory=dict)
+    first: dict[tuple[object, ...], tuple[int, EngineSeconds]] = field(default_factory=dict)
 
     def prepare(
         self, backbone: Backbone, device: torch.device, precision: str, engine: Engine = "torch", **options: Any
@@ -180,6 +181,20 @@ class Workshop:
         """Whether a network is ready to run in an engine."""
         return _name(spec, device, precision, engine) in self.made
 
+    def note(self, spec: Spec, device: torch.device, precision: str, seconds: EngineSeconds) -> None:
+        """Remember how fast the engines are."""
+        self.timed[_name(spec, device, precision, "openvino")] = seconds
+        self.first.setdefault(_name(spec, device, precision, "torch"), (spec.preprocess.size, seconds))
+
+    def recall(self, spec: Spec, device: torch.device, precision: str) -> EngineSeconds | None:
+        """How fast the engines are; None where that was not timed with this size of the network's input."""
+        return self.timed.get(_name(spec, device, precision, "openvino"))
+
+    def foresee(self, spec: Spec, device: torch.device, precision: str) -> EngineSeconds | None:
+        """How fast they will be by what another size took, as its pixels are to these; None where none was timed."""
+        found = self.first.get(_name(spec, device, precision, "torch"))
+        return found and found[1].scaled((spec.preprocess.size / found[0]) ** 2)
+
 
 def _name(spec: Spec, device: torch.device, precision: str, engine: Engine) -> tuple[object, ...]:
     """What tells what runs from others: graphs are of one size each."""
@@ -193,6 +208,10 @@ class EngineSeconds:
 
     torch: float
     openvino: float
+
+    def scaled(self, ratio: float) -> EngineSeconds:
+        """The seconds with so many times as much to compute."""
+        return EngineSeconds(self.torch * ratio, self.openvino * ratio)
 
     def find_best(self, by_torch: int, by_openvino: int, is_ready: bool = False) -> Engine:
         """The engine that is done first, with as many runs as each has before it; OpenVINO may be ready already."""
@@ -215,7 +234,7 @@ def find_engine(
 ) -> Engine:
     """`openvino` where it is installed, gives a network's features and gives them sooner; `torch` else.
 
-    Both are timed once per network, size of its input and machine; the answer and the graph are kept.
+    Both are timed once per network and machine; the answer and the graph, of each size of the input, are kept.
 
     Args:
         spec: the network.
@@ -236,19 +255,43 @@ def find_engine(
     workshop = workshop or Workshop()
     file = _place(spec, precision, folder).with_suffix(".json")
     known = files.recall(file, lambda values: EngineSeconds(**values), "the engines are timed again")
-    seconds = workshop.timed.get(file.name) or known
+    seconds = workshop.recall(spec, device, precision) or known
     if seconds is None:
-        if by_torch * looks < TRIAL_RUNS * count_cpus():
+        seconds = _try_engines(spec, load, device, precision, folder, by_torch * looks, workshop)
+        if seconds is None:
             return "torch"
-        backbone = load()
-        plain = dataclasses.replace(workshop.prepare(backbone, device, precision), views=("plain",))
-        if by_torch * looks * _time_run(plain) < TRIAL_SECONDS:
-            return "torch"
-        seconds = _time_engines(backbone, plain, precision, workshop, folder)
         files.remember(file, seconds, "the engines will be timed again")
-    workshop.timed[file.name] = seconds
+    workshop.note(spec, device, precision, seconds)
     is_ready = workshop.holds(spec, device, precision, "openvino")
     return seconds.find_best(by_torch, count_missing("openvino") * len(spec.views), is_ready)
+
+
+def _try_engines(
+    spec: Spec,
+    load: Callable[[], Backbone],
+    device: torch.device,
+    precision: str,
+    folder: Path,
+    runs: int,
+    workshop: Workshop,
+) -> EngineSeconds | None:
+    """Seconds of a run in each engine; None where PyTorch is done with so many runs before that would be known.
+
+    With another size of the input than the one that was timed, the graph is made and checked, and not timed again.
+    """
+    foreseen = workshop.foresee(spec, device, precision)
+    if runs < TRIAL_RUNS * count_cpus() or (foreseen and foreseen.find_best(runs, runs) == "torch"):
+        return None
+    backbone = load()
+    plain = dataclasses.replace(workshop.prepare(backbone, device, precision), views=("plain",))
+    if runs * (foreseen.torch if foreseen else _time_run(plain)) < TRIAL_SECONDS:
+        return None
+    try:
+        graph = workshop.prepare(backbone, device, precision, "openvino", folder=folder)
+    except BackboneError as error:
+        log.info("%s %s: its features are computed by PyTorch", spec.name, error.why)
+        return EngineSeconds(0.0, math.inf)
+    return foreseen or _time_engines(spec.name, plain, dataclasses.replace(graph, views=plain.views))
 
 
 def _time_run(embedder: Embedder) -> float:
@@ -260,17 +303,8 @@ def _time_run(embedder: Embedder) -> float:
     return (time.perf_counter() - start) / count_cpus()
 
 
-def _time_engines(
-    backbone: Backbone, plain: Embedder, precision: str, workshop: Workshop, folder: Path
-) -> EngineSeconds:
-    """Seconds of a run in PyTorch, where the network is ready with a single view, and in OpenVINO."""
-    name = backbone.spec.name
-    try:
-        graph = workshop.prepare(backbone, plain.device, precision, "openvino", folder=folder)
-    except BackboneError as error:
-        log.info("%s %s: its features are computed by PyTorch", name, error.why)
-        return EngineSeconds(0.0, math.inf)
-    graph = dataclasses.replace(graph, views=plain.views)
+def _time_engines(name: str, plain: Embedder, graph: Embedder) -> EngineSeconds:
+    """Seconds of a run in PyTorch and in OpenVINO, with a single view."""
     seconds = EngineSeconds(*time_embedders((plain, graph), draw_pictures(plain.preprocess.size)))
     shown = f"PyTorch {1 / seconds.torch:.0f}, OpenVINO {1 / seconds.openvino:.0f}"
     log.info("%s: features by PyTorch or OpenVINO timed, pictures a second: %s", name, shown)

@@ -310,7 +310,8 @@ def weigh_geometries(
     """The network's own geometry and others, on a part of the pictures; nothing where no others are tried.
 
     Fits are compared at the network's own size, and the best one at a larger size: each only where there is time to see
-    all pictures by it.
+    all pictures by it. All of a picture laid on grey is tried only where pressed into the square it was no worse than
+    the network's own way.
 
     Args:
         table: the pictures.
@@ -337,6 +338,8 @@ def weigh_geometries(
     if is_little_left(found[0], table.common()):
         return ()
     for fit in choices.fits:
+        if fit == "pad" and found[-1].fit == "squash" and found[-1].log_loss > found[0].log_loss:
+            continue  # what lies beyond the middle is of no use in another shape either
         found = add(found, own.adapted(fit=fit), f"fit {fit}")
     if choices.larger:
         larger = _place(own, found).adapted(size=choices.larger)

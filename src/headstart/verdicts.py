@@ -165,18 +165,31 @@ def choose_views(found: Sequence[Variant], wanted: str) -> tuple[View, ...]:
         return VIEW_SETS[wanted]
     if not found:
         return VIEW_SETS["plain"]
+    return _hold_views(found).views
+
+
+def _hold_views(found: Sequence[Variant]) -> Variant:
+    """The cheapest of some sets of views, the plain one first, but for what others gain."""
     held, *others = found
     for passes in sorted({len(variant.views) for variant in others}):
         best = min((one for one in others if len(one.views) == passes), key=lambda variant: variant.log_loss)
         if best.log_loss < held.log_loss * (1 - WORTH_VIEWS):
             held = best
-    return held.views
+    return held
 
 
 def promises_more(found: Sequence[Variant]) -> bool:
-    """Whether sets of views, after the plain one, would be worth their passes together, if their gains added up."""
+    """Whether all views together may be worth their passes: they gain what one does, and half of what the other does.
+
+    On four sets of pictures where that foretold 0.02 to 0.10 of the log-loss they gained about as much, or less.
+
+    Args:
+        found: the plain view, and sets of one more view.
+    """
     plain, *others = found
-    return sum(plain.log_loss - variant.log_loss for variant in others) > WORTH_VIEWS * plain.log_loss
+    best, *rest = sorted(variant.log_loss for variant in others)
+    foretold = best - sum(plain.log_loss - loss for loss in rest) / 2
+    return foretold < _hold_views(found).log_loss * (1 - WORTH_VIEWS)
 
 
 def count_answers(pictures: int, views: int, classes: int, folds: int) -> int:
