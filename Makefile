@@ -45,7 +45,7 @@ bench: $(FAST)
 contest: $(FAST) $(CONTEST)/.installed
 	$(BIN)/python benchmarks/contest.py --rivals $(CONTEST)/bin/python
 
-# Two of the contest's sets, of packages of Debian.
+# Three of the contest's sets, of packages of Debian and npm.
 contest-data: $(INSTALLED)
 	$(BIN)/python benchmarks/more_sets.py
 

@@ -24,7 +24,7 @@ def main() -> None:
     if not DATA.is_dir():
         print("needs real pictures: set HEADSTART_TEST_DATA")
         return
-    print("| data | budget | seconds | accuracy | log-loss | arms, epochs | taken | not trained, or stopped |")
+    print("| data | budget | seconds | accuracy | log-loss | trained, epochs | taken | not trained, or stopped |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for entry in sys.argv[1:] or BUDGETS:
         name, _, budget = entry.partition("=")

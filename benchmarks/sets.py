@@ -3,7 +3,7 @@
 python benchmarks/sets.py
 
 Each has an empty cache. Expected (2-core machine): accuracies within the intervals of the table in README;
-five minutes in all.
+seven minutes in all.
 """
 
 from __future__ import annotations

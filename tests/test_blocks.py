@@ -14,7 +14,7 @@ from torch import nn
 from torchvision import models
 
 from headstart import backbones
-from headstart.blocks import Block, count_frozen, find_blocks, read_rates
+from headstart.blocks import Block, count_frozen, find_blocks, leave_rates, read_rates
 from headstart.errors import UsageError
 
 bounded = settings(max_examples=60, deadline=None)
@@ -391,6 +391,21 @@ def test_of_many_blocks_the_first_and_the_last_are_named(number, whole):
 )
 def test_rates_are_read_by_name_a_name_stands_for_all_below_it_and_the_later_one_wins(text, rates):
     assert read_rates(text, BLOCKS) == rates
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("", ""),
+        ("conv1=0", ""),
+        ("conv1=0,layer1=1e-4,layer2=1e-5, head=1e-3", "layer2=1e-5, head=1e-3"),
+        ("layer1.1=1,layer2.0=2,layer=3", "layer2.0=2"),
+        ("body=1e-4,conv1=0,layer10.0=1", "body=1e-4,layer10.0=1"),
+    ],
+)
+def test_of_rates_those_of_the_blocks_that_are_left_and_of_the_head_are_left(text, left):
+    assert leave_rates(text, BLOCKS[3:]) == left
+    assert leave_rates(left, ()) == ",".join(entry for entry in left.split(",") if "head" in entry)
 
 
 @pytest.mark.parametrize(

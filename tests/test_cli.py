@@ -14,6 +14,8 @@ import pytest
 from PIL import Image
 
 from headstart import cli, demonstration, display, training
+from headstart.quality import Finding
+from headstart.verdicts import Evidence, Variant
 
 GOLDEN = Path(__file__).parent / "golden"
 ODD_NAMES = [
@@ -198,6 +200,37 @@ def test_a_summary_says_why_the_blend_was_taken_where_another_that_competed_was_
     told = display.summary(dataclasses.replace(trained, classifier=classifier, plan=plan), "pictures")
     assert ", ".join(f"{kind} {loss:.3f}" for kind, loss in losses.items()) in told
     assert ("the blend is taken unless another clearly leads" in told) == said
+
+
+def test_a_summary_says_why_its_geometry_depths_and_views_were_taken(trained):
+    def variant(taps, loss, **more):
+        return Variant(taps, ("plain",), "means", loss, 0.9, 0.8, 0.95, 60, **more)
+
+    def fit(name, loss):
+        return variant(("final",), loss, fit=name, size=64)
+
+    every = variant(("blocks.1", "final"), 0.2)
+    found = Evidence(
+        (every, variant(("final",), 0.3)), (), None, 0.3, (fit("crop", 0.5), fit("pad", 0.4)), ("no time",)
+    )
+    plan = dataclasses.replace(trained.plan, evidence=found)
+    lines = display.summary(dataclasses.replace(trained, plan=plan), "pictures").splitlines()
+    assert [line for line in lines if line.startswith("why:")] == [
+        "why:   log-loss by fit and size in pixels: crop 64 0.500, pad 64 0.400: pad 64 is taken",
+        "why:   means on blocks.1 + final: 0.900 [0.800, 0.950], log-loss 0.200",
+        "why:   distance from the pretraining pictures 0.33, of 0 to 1: the pictures are of another kind",
+        "why:   no time",
+    ]
+    without = dataclasses.replace(trained, plan=dataclasses.replace(plan, evidence=None))
+    assert "why:" not in display.summary(without, "pictures")
+
+
+@pytest.mark.parametrize(("count", "told"), [(0, "0 notes"), (1, "1 note"), (2, "2 notes")])
+def test_a_summary_counts_findings_as_people_do(trained, count, told):
+    note = Finding("odd", "note", "it is odd", "Look at it.")
+    audit = dataclasses.replace(trained.audit, findings=(note,) * count)
+    shown = display.summary(dataclasses.replace(trained, audit=audit), "pictures")
+    assert f"audit: 0 errors, 0 warnings, {told}\n" in shown
 
 
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -57,7 +57,29 @@ def test_with_little_time_the_first_network_alone_is_measured(shapes, tiny_weigh
     caplog.set_level("INFO", "headstart")
     (ranked,) = headstart.rank(shapes, weights=str(tiny_weights), device="cpu", time_budget="0.001s")
     assert ranked.file == str(tiny_weights)
-    assert "efficientnet_lite0: not measured" in caplog.text
+    assert "efficientnet_lite0: not measured, nothing is left of the budget" in caplog.text
+
+
+@pytest.mark.parametrize(("cpus", "ranked"), [(1, 1), (1000, 2)])
+def test_what_a_network_would_take_is_foreseen_for_all_cores(shapes, tiny_weights, two, monkeypatch, cpus, ranked):
+    monkeypatch.setattr(comparison, "_time", lambda *_: 1e5)  # of 30 pictures: 3,000 s, or 3 s by a thousand cores
+    monkeypatch.setattr(comparison, "count_cpus", lambda: cpus)
+    found = headstart.rank(shapes, weights=str(tiny_weights), device="cpu", time_budget="1000s")
+    assert len(found) == ranked
+
+
+def test_a_package_that_is_damaged_is_passed_over_and_that_is_said(shapes, tiny_weights, two, monkeypatch, caplog):
+    locate = backbones.locate
+
+    def fail(name, *given, **named):
+        if name == "efficientnet_lite0":
+            raise WeightsError(name, "is damaged", "Install it again.")
+        return locate(name, *given, **named)
+
+    monkeypatch.setattr(comparison.backbones, "locate", fail)
+    (ranked,) = headstart.rank(shapes, weights=str(tiny_weights), backbone="timm/test_efficientnet", device="cpu")
+    assert ranked.name == "timm/test_efficientnet"
+    assert "efficientnet_lite0: not measured: weights: efficientnet_lite0: is damaged" in caplog.text
 
 
 def make(name: str, milliseconds: float, p_value: float | None, gain: float = 0.1) -> Ranked:

@@ -329,13 +329,15 @@ def test_the_digest_of_the_source_is_another_when_a_module_is(contest, tmp_path,
     package = tmp_path / "headstart"
     package.mkdir()
     found = []
-    for content in ("", "a = 1", "a = 1", "a = 2"):
+    told = '"""What it is."""\na = 1  # why\ndef b():\n    """More."""\n    return 3\n'
+    untold = told.replace("  # why", "").replace("More", "Else")
+    for content in ("", "a = 1", "a = 1", "a = 2", told, untold):
         (package / "one.py").write_text(content)
         spec = importlib.machinery.ModuleSpec("headstart", None, is_package=True)
         spec.submodule_search_locations = [str(package)]
         monkeypatch.setattr(contest.importlib.util, "find_spec", lambda name, spec=spec: spec)
         found.append(contest.digest_source())
-    assert found[1] == found[2] and len({*found}) == 3
+    assert found[1] == found[2] and found[4] == found[5] and len({*found}) == 4
 
 
 def test_what_needs_pictures_to_choose_by_runs_on_full_sets_only(contest, data, runs, tmp_path):

@@ -3,6 +3,7 @@ import dataclasses
 import functools
 import json
 import math
+from collections.abc import Set
 
 import numpy as np
 import pytest
@@ -242,6 +243,8 @@ class Seen:
     """Pictures of three classes in geometries that tell these apart by a signal each; what was looked at is noted."""
 
     pace, slow = 0.0, 1.0  # seconds of a picture at the network's own size; times as many at a larger one, unforeseen
+    cached: Set[str] = frozenset()  # pictures whose features need not be computed
+    computed = 0  # of how many they were
 
     def __init__(self, tmp_path, signals):
         table, numbers = make_table(120, tmp_path)
@@ -262,7 +265,10 @@ class Seen:
         place = spec.preprocess.fit, spec.preprocess.size, *spec.views
         self.asked.append((*place, len(samples)))
         pace = self.pace * (spec.preprocess.size / 16) ** 2 * (self.slow if spec.preprocess.size > 16 else 1)
-        survey = Survey(tuple(sample.source for sample in samples), (), {}, {}, {}, len(samples), pace)
+        sources = tuple(sample.source for sample in samples)
+        computed = len(set(sources) - self.cached)
+        self.computed += computed
+        survey = Survey(sources, (), {}, {}, {}, computed, pace if computed else 0.0)
         return View(self.stack(samples, *place), survey, "", "cpu", "float32")
 
     def gather(self, choices, world=World(), purse=None, known=None):
@@ -317,11 +323,12 @@ def test_all_pictures_are_seen_in_the_geometry_that_was_found_on_some(tmp_path, 
     monkeypatch.setattr(evidence, "VIEWED", 60)
     seen = Seen(tmp_path, BETTER)
     sight = seen.gather(dataclasses.replace(LARGER, views=views))
-    assert [asked[-1] for asked in seen.asked[:4]] == [60, 60, 60, 127]
+    assert [asked[-1] for asked in seen.asked] == [60, 60, 60, 127] + [127] * (views == "mirror")
     assert geometry_of(sight.spec) == ("squash", 32) and sight.spec.views == verdicts.VIEW_SETS[views]
     for samples in (seen.table.samples, seen.report, [*seen.report[::-1], *seen.table.samples[5:9]]):
         wanted = [seen.stack(samples, "squash", 32, view) for view in sight.spec.views]
         assert np.array_equal(sight.rows(samples), wanted[0] if views == "plain" else np.stack(wanted, 1))
+    assert len(seen.asked) == 4 + (views == "mirror")  # those of the report were seen with the others, by one engine
     # What depths say was found on these features too.
     alone = seen.table.fit(seen.stack(seen.table.samples, "squash", 32), ("means",))
     assert sight.evidence.variants[0].log_loss == alone.candidates[0].log_loss
@@ -430,6 +437,30 @@ def test_of_geometries_too_dear_for_all_pictures_the_best_that_is_not_is_taken(t
     assert geometries(sight) == [("crop", 16), ("squash", 16), ("pad", 16)]
     assert geometry_of(sight.spec) == ("squash", 16)
     assert [why.split(":")[0] for why in sight.evidence.untried] == ["squash 32 on all pictures"]
+
+
+@pytest.mark.parametrize("cached", [0, 60, 127])
+def test_what_the_cache_holds_of_a_trial_does_not_tell_that_there_is_time_for_all(tmp_path, monkeypatch, cached):
+    monkeypatch.setattr(evidence, "VIEWED", 60)
+    seen = Seen(tmp_path, BETTER)
+    every = [sample.source for sample in seen.table.dataset.samples]
+    some = {sample.source for sample in seen.table.part(60)[0].samples}
+    seen.pace, seen.cached = 1.0, {60: some, 127: frozenset(every)}.get(cached, frozenset())
+    # All pictures would take 67 s in each of two views, and squashed to 32 pixels four times that.
+    sight = seen.gather(dataclasses.replace(LARGER, views="auto"), purse=Purse(lambda: 100.0))
+    assert geometry_of(sight.spec) == (("squash", 32) if cached == 127 else ("crop", 16))
+    assert seen.computed == (0 if cached == 127 else gallery.TIMED)
+    assert any("on all pictures: not tried" in why for why in sight.evidence.untried) == (cached == 60)
+
+
+def test_of_views_too_dear_for_all_pictures_the_best_that_are_not_are_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr(evidence, "VIEWED", 60)
+    monkeypatch.setattr(evidence, "promises_more", lambda found: True)
+    seen = Seen(tmp_path, BETTER)
+    left = iter([1e4] * 4)  # in which all are tried; then three times 67 pictures are too many, and 67 are not
+    sight = seen.gather(Choices(), purse=Purse(lambda: next(left, 250.0), took(1.0)))
+    assert len(sight.spec.views) == 2 and [len(one.views) for one in sight.evidence.views] == [1, 2, 2]
+    assert [why.split(":")[0] for why in sight.evidence.untried] == ["views all on all pictures"]
 
 
 def test_views_are_not_taken_where_their_trial_took_longer_than_foreseen(tmp_path, monkeypatch):

@@ -335,6 +335,11 @@ def test_settings_of_training_are_heeded_where_there_is_time_and_refused_where_t
         headstart.train(many, tmp_path / "other", **options(tiny_weights, mixup=0.2))
 
 
+def test_rates_of_blocks_that_stand_still_are_heeded_where_all_are_trained(many, tiny_weights, tmp_path, doubtful):
+    made = headstart.train(many, tmp_path / "run", dry_run=True, **options(tiny_weights, rates="conv_stem=1e-6"))
+    assert [phase.name for phase in made.phases if isinstance(phase, Train)] == [BLOCKS, ALL]
+
+
 def test_the_plan_says_first_what_is_done(many, tiny_weights, tmp_path, doubtful):
     tried = headstart.train(many, tmp_path / "tried", dry_run=True, **options(tiny_weights))
     plain = headstart.train(many, tmp_path / "plain", dry_run=True, **options(tiny_weights, time_budget="0"))

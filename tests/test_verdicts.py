@@ -129,7 +129,6 @@ def test_whether_there_is_time_is_said_with_figures(outlook, epochs, words):
     [
         (DEEP, 60, ""),
         (DEEP, 0, "too few pictures, or of a class, to keep 30 to choose by"),
-        (DEEP, LEAST_SELECT - 1, "29 pictures to choose by are fewer than 30"),
         (DEEP, LEAST_SELECT, ""),
         (Evidence((variant(accuracy=0.98), variant((FINAL,), 0.4)), (), None), 60, "right on 98.0%"),
         (Evidence((variant(accuracy=0.98), variant((FINAL,), 0.4)), (), None, 0.5), 60, ""),

@@ -33,6 +33,7 @@ from headstart.heads import FittedHead
 from headstart.images import Limits
 from headstart.loading import BATCH_SIZE, Album, ahead, count_cpus
 from headstart.material import Material
+from headstart.optimisation import leave_out_frozen
 from headstart.plan import Train
 from headstart.processes import World
 from headstart.sampling import Draw
@@ -56,7 +57,7 @@ class Bench:
         room_bytes: memory for decoded pictures.
         seed: of everything random.
         world: this process among others.
-        rows: pictures -> their features (n, dim), where a phase needs them.
+        rows: pictures -> their features (n, dim), or of several views (n, views, dim), where a phase needs them.
     """
 
     dataset: Dataset
@@ -166,8 +167,7 @@ class Bench:
                 adapted, stored, judged = short
                 material = dataclasses.replace(material, show=prefix.show_kept(stored), normalise=Tensor.float)
                 validate = self._judge_kept(select, judged)
-                blocks = blocks[count_frozen(blocks, settings.freeze) :]
-                settings = dataclasses.replace(settings, freeze="")
+                blocks, settings = leave_out_frozen(blocks, settings)
         return Training(
             adapted,
             blocks,

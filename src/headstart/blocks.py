@@ -150,12 +150,23 @@ def read_rates(text: str, blocks: Sequence[Block]) -> dict[str, float]:
             rate = -1.0
         if not 0.0 <= rate < 1e3:
             raise UsageError("rates", f"{entry!r} is no NAME=RATE", "Write them as body=1e-5,blocks.6=1e-4.")
-        matches = names[:-1] if part.strip() == BODY else [name for name in names if _is_in(name, part.strip())]
+        matches = _match(part.strip(), names)
         if not matches:
             why = f"{part!r} is no block of the network{did_you_mean(part, names)}"
             raise UsageError("rates", why, f"Blocks: {list_names(names)}.")
         rates.update(dict.fromkeys(matches, rate))
     return rates
+
+
+def leave_rates(text: str, blocks: Sequence[Block]) -> str:
+    """What a setting of rates says of the head and of some blocks, the last ones of those that it was written for."""
+    names = [*(block.name for block in blocks), "head"]
+    return ",".join(entry for entry in text.split(",") if _match(entry.partition("=")[0].strip(), names))
+
+
+def _match(part: str, names: Sequence[str]) -> list[str]:
+    """The names, of blocks and of the head, the last, that a part of rates means."""
+    return [*names[:-1]] if part == BODY else [name for name in names if _is_in(name, part)]
 
 
 def _is_in(name: str, prefix: str) -> bool:

@@ -26,7 +26,7 @@ from headstart.loading import BATCH_SIZE, count_cpus
 from headstart.metrics import Comparison, Estimate
 from headstart.plan import FitHead
 from headstart.training import Data
-from headstart.verdicts import read_time, show_time
+from headstart.verdicts import SPENT, read_time, show_time
 from headstart.zoo import Spec
 
 log = logging.getLogger(__name__)
@@ -83,6 +83,9 @@ def rank(data: Data, *, track: Track = lambda pictures, total: pictures, **setti
     for located, named in find_at_hand(config):
         log.info("%s:", located.spec.name)
         left = budget - (time.perf_counter() - start) if found else math.inf
+        if left <= 0:
+            log.info("%s: not measured, %s", located.spec.name, SPENT)
+            continue
         try:
             judged = _judge(located, dataset, audit.groups, folds, config, track, left)
         except HeadstartError as error:
@@ -122,8 +125,12 @@ def _is_clear(behind: Comparison) -> bool:
 
 def find_at_hand(config: RunConfig) -> list[tuple[Located, bool]]:
     """(a network, whether the user named it): those of the settings, then those that are here, the smallest first."""
-    names = [entry.name for entry in backbones.list_models(detailed=0) if entry.here]
-    here = [backbones.locate(name, fetch=False) for name in names]
+    here = []
+    for entry in backbones.list_models(detailed=0):
+        try:
+            here += [backbones.locate(entry.name, fetch=False)] if entry.here else []
+        except HeadstartError as error:  # a damaged package, perhaps
+            log.warning("%s: not measured: %s", entry.name, error)
     here.sort(key=lambda network: network.file.stat().st_size)
     named, given = [], config.model.weights
     if given or config.model.backbone != ModelConfig().backbone:
@@ -150,7 +157,8 @@ def _judge(
     """
     backbone = backbones.load(located)
     milliseconds = _time(backbone, config)
-    needed = milliseconds / 1e3 * len(dataset.samples) / count_cpus()
+    at_once = count_cpus() if embedders.resolve_device(config.model.device).type == "cpu" else 1
+    needed = milliseconds / 1e3 * len(dataset.samples) / at_once
     if needed > seconds_left:
         log.info("%s: not measured, it would take about %s", located.spec.name, show_time(needed))
         return None

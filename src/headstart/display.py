@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, TextIO
 
+from headstart.verdicts import describe_evidence
+
 if TYPE_CHECKING:
     from headstart.comparison import Ranked
     from headstart.downloads import Block
@@ -45,7 +47,7 @@ def summary(run: Run, data: str) -> str:
     lines += [
         f"{len(audit.clean.samples)} pictures, {len(run.classifier.classes)} classes; "
         f"{len(result.sources)} kept for the report",
-        f"audit: {counts['error']} errors, {counts['warning']} warnings, {counts['note']} notes",
+        "audit: " + ", ".join(f"{number} {kind}{'' if number == 1 else 's'}" for kind, number in counts.items()),
         *_describe_training(run),
         "",
         figures(result),
@@ -145,8 +147,10 @@ def _describe_training(run: Run) -> list[str]:
             f"plan:  {run.plan.strategy}; {facts['trainable']:,} of {facts['parameters']:,} parameters trained "
             f"in {facts['seconds']:.0f} s; {kept}"
         )
+    if run.plan.evidence is not None:
+        lines += [f"why:   {line}" for line in describe_evidence(run.plan.evidence, brief=True)]
     if run.plan.chooses:
-        lines.append(f"plan:  {run.plan.reasons[-1]}")
+        lines.append(f"why:   {run.plan.reasons[-1]}")
     return lines
 
 

@@ -186,6 +186,8 @@ def gather(
     if known:
         gallery.narrow(placed, depths.columns(chosen.taps))
     views = choose_views(found.views, choices.views)
+    for view in views:  # those of the report at once with the others
+        gallery.look(placed.adapted(views=(view,)), table.dataset.samples)
 
     def see(samples: Sequence[Sample]) -> NDArray[np.float32]:
         seen = [gallery.rows(placed.adapted(views=(view,)), samples) for view in views]
@@ -220,8 +222,7 @@ def _find(table: Table, depths: Depths, gallery: Gallery, choices: Choices, worl
     """What there is to be found about geometries, then in the best one about depths, then about views of these."""
     geometries = weigh_geometries(table, depths.taps, gallery, choices, world)
     spec = _place(gallery.spec, geometries)
-    if spec != gallery.spec:
-        gallery.rows(spec, table.dataset.samples)  # those of the report at once with the others
+    gallery.look(spec, table.dataset.samples)
     variants = world.tell(weigh_depths(table, gallery.rows(spec, table.samples), depths))
     chosen = choose_variant(variants)
     gallery.narrow(spec, depths.columns(chosen.taps))
@@ -298,6 +299,11 @@ class Table:
         """(a stratified share of the samples, their places)."""
         return self.take(splits.draw_part(self.samples, self.groups, share, self.seed))
 
+    def beside(self, part: Table) -> list[Sample]:
+        """The data set's pictures that are not a part's, those of the report among them."""
+        taken = {sample.source for sample in part.samples}
+        return [sample for sample in self.dataset.samples if sample.source not in taken]
+
     def take(self, chosen: Sequence[bool]) -> tuple[Table, NDArray[np.int64]]:
         """(the samples that are chosen, their places)."""
         some = [sample for sample, is_chosen in zip(self.samples, chosen, strict=True) if is_chosen]
@@ -345,10 +351,10 @@ def weigh_geometries(
         larger = _place(own, found).adapted(size=choices.larger)
         found = add(found, larger, f"a square of {choices.larger} pixels")
     # The trials may have taken longer than was foreseen.
-    rest = every - len(some.samples)
+    rest = table.beside(some)
     while (best := _place(own, found)) != own:
         fit, size = best.preprocess.fit, best.preprocess.size
-        if gallery.pays(f"{fit} {size} on all pictures", best, rest, some.samples):
+        if gallery.pays(f"{fit} {size} on all pictures", best, len(rest), rest):
             break
         found = [one for one in found if (one.fit, one.size) != (fit, size)]
     return tuple(found) if len(found) > 1 else ()
@@ -392,7 +398,7 @@ def weigh_views(
         world: this process among others, which have to try the same.
     """
     some, _ = table.part(VIEWED)
-    rest, seen = len(table.dataset.samples) - len(some.samples), {"plain"}
+    rest, seen = table.beside(some), {"plain"}
 
     @functools.cache
     def look(view: ViewName) -> NDArray[np.float32]:
@@ -409,15 +415,16 @@ def weigh_views(
         if len(found) > 1 and not promises_more(found):
             break
         what, other = f"views {', '.join(map(name_views, tried))}", spec.adapted(views=tried[0][1:2])
-        if not gallery.pays(what, other, len(fresh) * len(some.samples) + (size - 1) * rest, some.samples):
+        if not gallery.pays(what, other, len(fresh) * len(some.samples) + (size - 1) * len(rest), some.samples):
             break
         seen |= fresh
         found = world.tell([*found, *map(judge, tried)])
     # The trials may have taken longer than was foreseen.
-    best = choose_views(found, "auto")
-    whole = (len(best) - 1) * rest
-    if len(best) > 1 and not gallery.pays(f"views {name_views(best)} on all pictures", spec, whole, some.samples):
-        return ()
+    while len(best := choose_views(found, "auto")) > 1:
+        what, other = f"views {name_views(best)} on all pictures", spec.adapted(views=best[1:2])
+        if gallery.pays(what, other, (len(best) - 1) * len(rest), rest):
+            break
+        found = [one for one in found if one.views != best]
     return tuple(found) if len(found) > 1 else ()
 
 

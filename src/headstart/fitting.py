@@ -216,10 +216,9 @@ def measure_pace(bench: Bench, phase: Train, config: RunConfig, folder: Path) ->
         example = torch.zeros(1, 3, spec.preprocess.size, spec.preprocess.size, device=bench.device)
         given = parts.prefix(example)[0].cpu().numpy().astype(np.float16)
         if bench.can_keep(phase, given, folder):
-            frozen, activations = count_frozen(blocks, settings.freeze), given
-            name += f" after {blocks[frozen - 1].name}"
-            adapted, blocks = Adapted(parts.suffix, adapted.head), blocks[frozen:]
-            settings = dataclasses.replace(settings, freeze="")
+            name += f" after {blocks[count_frozen(blocks, settings.freeze) - 1].name}"
+            adapted, activations = Adapted(parts.suffix, adapted.head), given
+            blocks, settings = optimisation.leave_out_frozen(blocks, settings)
     chosen_cache = config.train.cache
     cache = configs.cache_folder() if chosen_cache == "auto" else Path(chosen_cache)
     pace = trials.find_pace(

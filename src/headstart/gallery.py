@@ -76,13 +76,18 @@ class Gallery:
         """The features (n, dim) of some pictures in the network's own geometry and view, or in others."""
         if spec == self.spec:
             return np.ascontiguousarray(self._own(samples)[:, self._columns])
+        self.look(spec, samples)
         seen = self._seen[_key(spec)]
-        if not {sample.source for sample in samples} <= seen.keys():
+        return np.stack([seen[sample.source] for sample in samples])
+
+    def look(self, spec: Spec, samples: Sequence[Sample]) -> None:
+        """See to it that the features of some pictures are there, all of them by the same engine."""
+        seen = self._seen[_key(spec)]
+        if spec != self.spec and not {sample.source for sample in samples} <= seen.keys():
             view = self._look(spec, samples)
             self.purse.note(view.survey, self.enlargement(spec))
             found = np.ascontiguousarray(view.rows(samples)[:, self._columns])
             seen.update(zip([sample.source for sample in samples], found))
-        return np.stack([seen[sample.source] for sample in samples])
 
     def narrow(self, spec: Spec, columns: NDArray[np.int64] | slice) -> None:
         """From now on rows are of some columns alone, and of one geometry: the others are forgotten."""
@@ -93,9 +98,12 @@ class Gallery:
                 self._seen[key] = kept
 
     def pays(self, what: str, spec: Spec, pictures: float, some: Sequence[Sample]) -> bool:
-        """Whether there is time to see so many pictures in a way; where nobody knows, a few of some are seen so."""
-        if self.purse.is_blind:
-            self.rows(spec, some[:: max(1, len(some) // TIMED)][:TIMED])
+        """Whether there is time to see so many pictures in a way; where nobody knows, a few of some are seen so.
+
+        What the cache holds tells nothing, and is free.
+        """
+        if self.purse.is_blind and some:
+            self.look(spec, some[:: max(1, len(some) // TIMED)][:TIMED])
         return self.purse.pays(what, pictures * self.enlargement(spec))
 
     def enlargement(self, spec: Spec) -> float:

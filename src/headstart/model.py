@@ -157,7 +157,7 @@ class Classifier:
         Args:
             paths: one file or several.
             device: auto, cpu, cuda, cuda:N, mps or xpu.
-            precision: auto, bfloat16 or float32.
+            precision: auto, bfloat16, float16 or float32.
             track: wraps the pictures to show progress; called with them and their number.
         """
         files = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
@@ -364,7 +364,7 @@ def predict(
     track: Callable[[Iterable[Picture], int], Iterable[Picture]] = lambda pictures, total: pictures,
     **settings: Any,
 ) -> Generator[Prediction, None, None]:
-    """Predictions for picture files, folders and globs, in order, one at a time.
+    """Predictions for picture files, folders, globs and archives, in order, one at a time.
 
     Args:
         run: a run folder, a `model.safetensors`, `imagenet`, or a classifier.

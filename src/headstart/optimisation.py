@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from headstart.blocks import Block, count_frozen, read_rates
+from headstart.blocks import Block, count_frozen, leave_rates, read_rates
 from headstart.config import EngineConfig
 from headstart.errors import UsageError
 
@@ -56,6 +57,12 @@ def divide(model: nn.Module, blocks: Sequence[Block], settings: EngineConfig) ->
         (*rates, given.get("head", settings.learning_rate)),
         count_frozen(blocks, settings.freeze),
     )
+
+
+def leave_out_frozen(blocks: tuple[Block, ...], settings: EngineConfig) -> tuple[tuple[Block, ...], EngineConfig]:
+    """(the blocks after the frozen ones, the settings by which these are trained by themselves)."""
+    left = blocks[count_frozen(blocks, settings.freeze) :]
+    return left, dataclasses.replace(settings, freeze="", rates=leave_rates(settings.rates, left))
 
 
 def own_parameters(model: nn.Module, modules: Sequence[str]) -> dict[str, nn.Parameter]:

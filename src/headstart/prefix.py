@@ -161,7 +161,7 @@ def keep(
     first = compute(album.vary(Draw(0), augmentation, seed, 0)[None])[0]
     shape = (len(album), views, *first.shape)
     needed = count_bytes(shape)
-    if not has_room(file.parent, needed, limit_bytes) or not np.abs(first).max() < LARGEST:
+    if not has_room(file.parent, needed, limit_bytes):
         log.info("activations of %.0f MB are not kept: the first blocks run each time", needed / 1e6)
         return None
     partial = file.with_name(f".{file.name}.partial")
@@ -171,7 +171,12 @@ def keep(
             with partial.open("r+b") as whole:
                 os.posix_fallocate(whole.fileno(), 0, partial.stat().st_size)
         for rows, values in _compute_all(album, augmentation, compute, seed, views):
-            stored[rows] = np.clip(values, -LARGEST, LARGEST)
+            if not np.abs(values).max() < LARGEST:  # nor a NaN
+                log.info("activations are too large for float16, and not kept: the first blocks run each time")
+                del stored
+                partial.unlink()
+                return None
+            stored[rows] = values
         stored.flush()
         del stored
         partial.replace(file)

@@ -46,7 +46,7 @@ from headstart.networks import Network, find_network
 from headstart.plan import FitHead, Plan, Situation
 from headstart.processes import World
 from headstart.quality import Audit
-from headstart.runs import RunFolder
+from headstart.runs import Clock, RunFolder
 from headstart.verdicts import LEAST_SELECT, list_fits
 from headstart.views import View
 from headstart.zoo import Spec
@@ -93,18 +93,23 @@ def train(
     """Train a classifier, measure it, and leave everything in a run folder.
 
     Args:
-        data: a folder of class folders, a table, or what `read` gave.
+        data: a folder of class folders, an archive of one, a table, or what `read` gave.
         out: the run folder; None takes the next free `runs/<data name>-<n>`.
         config: settings as a `RunConfig` or a TOML file.
-        resume: whether a folder with this run, finished, is fine; None is returned then.
-        dry_run: whether to stop when the plan is made; it is returned, and the same call without this goes on from it.
+        resume: whether a folder with this run, finished, is fine.
+        dry_run: whether to stop when the plan is made; the same call without this goes on from it.
         track: wraps the pictures to show progress; called with them and their number.
-        **settings: single settings by name (`backbone="resnet18"`, `seed=1`); they win over `config`.
+        **settings: single settings, fields of `RunConfig`'s parts (`seed=1`); they win over `config`.
+
+    Returns:
+        The run; its plan with `dry_run`; None with `resume` where it was finished already.
 
     Raises:
-        HeadstartError: for settings, data, weights or folders that cannot be used, before any long work.
+        HeadstartError: for settings, data, weights or folders that cannot be used, before any long work but for what
+            shows only when pictures are opened.
     """
     resolved = configs.resolve(config, settings)
+    clock = runs.Clock(strategies.read_budget(resolved))
     if resolved.data.images:  # so that the run can be measured again from anywhere
         images = dataclasses.replace(resolved.data, images=os.path.abspath(resolved.data.images))
         resolved = dataclasses.replace(resolved, data=images)
@@ -122,7 +127,8 @@ def train(
             return None
         network = find_network(resolved)
         try:
-            return _conduct(folder, dataset, network, resolved, track if world.first else _quietly, world, dry_run)
+            shown = track if world.first else _quietly
+            return _conduct(folder, dataset, network, resolved, shown, world, clock, dry_run)
         except KeyboardInterrupt:
             if world.first:
                 command = ("headstart",) if world.size == 1 else _torchrun(world)
@@ -138,10 +144,10 @@ def _conduct(
     config: RunConfig,
     track: Track,
     world: World,
+    clock: Clock,
     dry_run: bool,
 ) -> Run | Plan:
     """The run, from the first picture to the last file; `metrics.json` comes last and marks it as finished."""
-    clock = runs.Clock(strategies.read_budget(config))
     workshop = embedders.Workshop()
     look = _find_look(folder, network, config, track, world, workshop)
     if strategies.needs_features(config):
@@ -157,7 +163,6 @@ def _conduct(
     purse = gallery.Purse(clock.left, view.survey, world)
     sight = _weigh(folder, dataset, network, view, audit, config, look, purse, world)
     if strategies.may_train_further(config):
-        sight.rows(dataset.samples)  # computed before it is asked how much time is left
         workshop.made.clear()  # training needs the memory
     clock.mark("evidence")
     bench = _set_up(dataset, network, view, sight, config, world)
@@ -236,7 +241,7 @@ def audit(
     """What is wrong with a data set: every picture is opened, no network is needed.
 
     Args:
-        data: a folder of class folders, a table, or what `read` gave.
+        data: a folder of class folders, an archive of one, a table, or what `read` gave.
         track: wraps the pictures to show progress; called with them and their number.
         **settings: single settings by name.
     """
@@ -332,15 +337,8 @@ def _find_look(
     """How this run looks at pictures through the network, and about how often."""
     left = (config.model.fit == "auto" or not config.model.size) + (config.model.views == "auto")
     looks = 1 + (left if network.depths is not None else 0)
-    return functools.partial(
-        views.look,
-        config=config,
-        track=track,
-        spare_cache=folder.path / SPARE,
-        world=world,
-        workshop=workshop,
-        looks=looks,
-    )
+    look = functools.partial(views.look, config=config, track=track, spare_cache=folder.path / SPARE)
+    return functools.partial(look, world=world, workshop=workshop, looks=looks)
 
 
 def _deal(given: Dataset, survey: Survey, config: RunConfig) -> tuple[Audit, Dataset]:

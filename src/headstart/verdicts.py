@@ -18,8 +18,8 @@ FINAL = "final"  # the network's own features, among those of several depths
 WORTH_DEPTH, WORTH_VIEWS, WORTH_GEOMETRY = 0.01, 0.02, 0.02
 LARGER = 1.3  # times a network's own side: what it does best at, mostly, without training (Touvron et al., 2019)
 SQUARE = 1.02  # sides whose ratio is less count as equal
-# Neither other views nor training further are tried where the error by cross-validation is less than this share of
-# what always saying the most frequent class gives: half of a hundredth for two equal classes.
+# No other geometries and views are tried, nor training further, where the error by cross-validation is less than this
+# share of what always saying the most frequent class gives: half of a hundredth for two equal classes.
 LITTLE = 0.02
 # Training further: epochs over the last blocks, where others follow; the least, whatever is trained.
 TUNED_EPOCHS, LEAST_EPOCHS = 6, 3
@@ -208,14 +208,15 @@ def show_views(views: Sequence[View]) -> str:
     return "" if name == "plain" else f", views {name}"
 
 
-def describe_evidence(evidence: Evidence) -> list[str]:
-    """What was found, in words and numbers."""
+def describe_evidence(evidence: Evidence, brief: bool = False) -> list[str]:
+    """What was found, in words and numbers; in brief of depths that one alone which is taken."""
     lines = []
     if evidence.geometries:
         tried = ", ".join(f"{one.fit} {one.size} {one.log_loss:.3f}" for one in evidence.geometries)
         geometry = choose_geometry(evidence.geometries)
         lines.append(f"log-loss by fit and size in pixels: {tried}: {geometry.fit} {geometry.size} is taken")
-    lines += [f"{variant}, log-loss {variant.log_loss:.3f}" for variant in evidence.variants]
+    variants = [choose_variant(evidence.variants)] if brief else evidence.variants
+    lines += [f"{variant}, log-loss {variant.log_loss:.3f}" for variant in variants]
     best = min(evidence.variants, key=lambda variant: variant.log_loss)
     if choose_variant(evidence.variants).log_loss > best.log_loss and best.taps != (FINAL,) and len(best.taps) == 1:
         lines.append(f"{best.taps[0]} by itself is not taken: such a lead mostly is chance")
@@ -308,12 +309,8 @@ def can_gain(evidence: Evidence, select: int) -> tuple[bool, str]:
     if is_little_left(best, evidence.common):
         return False, f"not trained further: {best.head} are right on {best.accuracy:.1%} out of fold already"
     if not select:
-        return (
-            False,
-            f"not trained further: there are too few pictures, or of a class, to keep {LEAST_SELECT} to choose by",
-        )
-    if select < LEAST_SELECT:
-        return False, f"not trained further: {select} pictures to choose by are fewer than {LEAST_SELECT}"
+        why = f"there are too few pictures, or of a class, to keep {LEAST_SELECT} to choose by"
+        return False, f"not trained further: {why}"
     return True, ""
 
 
