@@ -56,6 +56,7 @@ def test_commands_and_flags_that_documents_name_exist(document):
     own = {
         "out",
         "config",
+        "debug",
         "resume",
         "data",
         "json",
