@@ -50,7 +50,9 @@ def last_line(text: str) -> str:
 # Help and errors, as they are printed
 
 
-@pytest.mark.parametrize("verb", ["", "train", "evaluate", "predict", "audit", "models", "rank", "recipe", "fetch", "demo"])
+@pytest.mark.parametrize(
+    "verb", ["", "train", "evaluate", "predict", "audit", "models", "rank", "recipe", "fetch", "demo"]
+)
 def test_help_is_what_it_was(verb, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     status, out, _ = call(capsys, *([verb] if verb else []), "--help")
