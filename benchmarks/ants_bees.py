@@ -3,7 +3,7 @@
 python benchmarks/ants_bees.py           (two of the tutorial's 25 epochs, multiplied)
 python benchmarks/ants_bees.py --full    (all 25)
 
-Expected (2-core machine): the tutorial takes 45 to 55 times as long as headstart with an empty cache, 90 to 120 times
+Expected (2-core machine): the tutorial takes 45 to 60 times as long as headstart with an empty cache, 90 to 150 times
 with a full one; accuracy on val 0.948 [0.900, 0.973] against 0.90 after two epochs.
 """
 
@@ -133,7 +133,7 @@ def report(raw: dict[str, list], runs: int) -> None:
         reached += f" (best of {EPOCHS} looks: {max(looks):.3f})"
     print(f"Fixed features of efficientnet_lite0 for {PICTURES.name}; the tutorial in float32 without its imports,")
     print(f"headstart as whole processes, median of {runs}, alternating with the tutorial's epochs.\n")
-    print("| | seconds | tutorial / this | accuracy on val |")
+    print("| | seconds | times as fast | accuracy on val |")
     print("| --- | --- | --- | --- |")
     print(f"| the tutorial's loop ({counted}) | {whole:.1f} | 1 | {reached} |")
     for name, meaning in (("cold", "empty cache"), ("warm", "features cached")):
