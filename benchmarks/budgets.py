@@ -17,7 +17,7 @@ from pathlib import Path
 from common import headstart
 from sets import DATA, show
 
-BUDGETS = ("hymenoptera=1m", "scenes=3m", "chest_xray=4m")
+BUDGETS = ("hymenoptera=2m", "scenes=3m", "chest_xray=4m")
 
 
 def main() -> None:
