@@ -70,8 +70,8 @@ it does, was written by hand, the figures in those sentences included.
 * **Time and memory**: seconds are those of one whole process each, headstart's with an empty cache, while no other
   heavy process ran. On full sets headstart and `tutorial-frozen`, the fastest deep rival, were timed on one machine on
   one day; other rivals' rows may be of another such machine, and their seconds are no more than a guide. (headstart
-  without one part takes the features that headstart has computed; its time is not  shown.) Peak memory is that of a
-  run's largest process: the workers with which the rivals load pictures come on top.  headstart computes features in
+  without one part takes the features that headstart has computed; its time is not shown.) Peak memory is that of a
+  run's largest process: the workers with which the rivals load pictures come on top. headstart computes features in
   bfloat16 where the processor does, the rivals in float32, as each does by itself."""
 
 REPEATED = f"""\
