@@ -34,6 +34,7 @@ BROUGHT = {
 RIVALS = tuple(ENTRANTS)
 # Of a rival's variants the most accurate one counts.
 VARIANTS = {"fastai": ("fastai", "fastai-lr-find"), "sklearn": ("sklearn", "sklearn-tuned", "sklearn-unscaled")}
+CONTENDERS = tuple(name for name in RIVALS if not any(name in others for _, *others in VARIANTS.values()))
 DEEP = tuple(name for name in RIVALS if name not in VARIANTS["sklearn"])
 
 SETS = {  # and what has to be known of them; near-duplicates are those that `headstart audit` finds

@@ -95,6 +95,12 @@ def get_rivals(entrants: Entrants) -> dict[str, Result]:
     return rivals
 
 
+def get_contenders(entrants: Entrants) -> dict[str, Result]:
+    """The rivals that have run, by `get_rivals`, and after them headstart."""
+    ours = {OURSELVES: entrants[OURSELVES]} if OURSELVES in entrants else {}
+    return {**get_rivals(entrants), **ours}
+
+
 def get_arms(entrants: Entrants) -> dict[str, Result]:
     """The single strategies that have run."""
     return {name: entrants[name] for name in ARMS if name in entrants}
@@ -173,7 +179,7 @@ def list_ahead(ours: Result, others: Entrants) -> list[str]:
 
 def rank(results: Results) -> dict[str, Standing]:
     """The standings of headstart and its rivals over the sets and cuts on which all have run."""
-    tables = [{OURSELVES: found[OURSELVES], **get_rivals(found)} for found in list_whole(results).values()]
+    tables = [get_contenders(found) for found in list_whole(results).values()]
     if not tables:
         return {}
     names = list(tables[0])
@@ -189,7 +195,7 @@ def draw_errors(results: Results, name: str) -> NDArray[np.float64]:
     """The mean error of an entrant over sets in each resample of their pictures and cuts, (resamples,)."""
     errors = []
     for found in list_whole(results).values():
-        result = {OURSELVES: found[OURSELVES], **get_rivals(found)}[name]
+        result = get_contenders(found)[name]
         errors.append(1 - share_of(result.right.ravel())(draw_for(result).astype(np.float64)))
     mean: NDArray[np.float64] = np.mean(errors, 0)
     return mean

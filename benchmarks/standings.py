@@ -5,15 +5,14 @@ contest.py makes the rows and calls `write_report`.
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import more_sets
 from claims import count, judge, say
-from entrants import ARMS, BROUGHT, CUT, FULL, OURS, OURSELVES, RIVALS, SEEDS, SETS, WITHOUT, takes_part
+from drawings import draw_plot, draw_summary
+from entrants import ARMS, BROUGHT, CONTENDERS, CUT, FULL, OURS, OURSELVES, RIVALS, SEEDS, SETS, WITHOUT, takes_part
 from headstart.files import write_whole
 from headstart.metrics import Estimate
 from results import (
@@ -25,6 +24,7 @@ from results import (
     compare,
     estimate,
     get_arms,
+    get_contenders,
     group,
     is_behind,
     keep_current,
@@ -34,16 +34,14 @@ from results import (
 )
 from rivals import DESCRIPTIONS
 
-# Colours that the colour-blind tell apart (Okabe and Ito, 2008).
-COLOURS = ("#000000", "#999999", "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#E69F00", "#D55E00")
-LOOKS = dict(zip((*RIVALS, OURSELVES), zip(COLOURS, "sD^vPX*o", strict=True), strict=True))
-
-COLUMNS = 3  # of the plot
-
 WHY = {  # headstart loses on a set or a cut, as far as was found out
     f"imagewoof, {FULL}": "by one picture of 200: no more than chance is to be made out",
     f"imagewoof, {CUT}": "by one answer of 600, in three cuts: no more than chance is to be made out",
 }
+PLOTS = """\
+![Accuracy of each entrant on each set](contest-summary.svg)
+
+![Accuracy with its interval against seconds, a panel for each set](contest.svg)"""
 UNKNOWN = "not found out yet"
 
 INTRODUCTION = """\
@@ -81,6 +79,8 @@ imagewoof of fast.ai's with 320 pixels, scenes of the 15 scene categories, flowe
 of that of Kermany et al. `make contest-data` makes the others of packages of Debian and npm:
 {", ".join(f"{name} {version}" for name, version in {**more_sets.PACKAGES, **more_sets.CLOTHES}.items())}.
 Then `make contest` runs what has no row yet."""
+
+SUMMARY = "Accuracy and seconds on each set; of the variants of fastai and of scikit-learn those of the most accurate:"
 
 PARTS = """\
 What a part brings is the accuracy of the first of two entrants less that of the second, on the same pictures. Without
@@ -133,6 +133,16 @@ def show_result(result: Result, ours: Result | None) -> list[str]:
     ratio = f"{result.seconds / ours.seconds:.2f}" if ours else "-"
     figures = [*map(show, estimate(result)), show_difference(ours, result)]
     return [*figures, f"{result.seconds:.0f}", ratio, f"{result.memory / 1e6:.0f}"]
+
+
+def show_summary(results: Results) -> list[str]:
+    """Accuracy and time on each set, whole and cut; of a rival's variants the best."""
+    rows = []
+    for place, entrants in results.items():
+        found = get_contenders(entrants)
+        cells = [show_briefly(found.get(name)) for name in (OURSELVES, *CONTENDERS)]
+        rows.append((", ".join(place), *cells))
+    return tabulate(("set", OURSELVES, *CONTENDERS), rows)
 
 
 def show_standings(results: Results) -> list[str]:
@@ -218,44 +228,14 @@ def explain(losses: Sequence[str]) -> list[str]:
     return [f"* {place}: {WHY.get(place, UNKNOWN)}" for place in places]
 
 
-def draw_plot(results: Results, file: Path) -> None:
-    """Accuracy with its interval against wall time, a panel for each set, whole and cut."""
-    import matplotlib
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator
-
-    rows = -(-len(results) // COLUMNS)
-    figure = Figure(figsize=(13, 3.25 * rows), layout="constrained")
-    handles: dict[str, Any] = {}
-    for axis, ((name, cut), entrants) in zip(figure.subplots(rows, COLUMNS).flat, results.items()):
-        for entrant, (colour, marker) in LOOKS.items():
-            if entrant in entrants:
-                found, seconds = estimate(entrants[entrant])[0], entrants[entrant].seconds
-                reach = [[found.value - found.low], [found.high - found.value]]
-                look = {"fmt": marker, "color": colour, "markersize": 6, "capsize": 2}
-                handles[entrant] = axis.errorbar(seconds, found.value, reach, **look)
-        axis.set_xscale("log")
-        axis.minorticks_off()
-        axis.xaxis.set_major_locator(FixedLocator([1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000]))
-        axis.margins(x=0.08)
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.set(title=f"{name}, {cut}", xlabel="seconds", ylabel="accuracy")
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25)
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, frameon=False)
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "headstart"}):
-        for ending, options in ((".svg", {"metadata": {"Date": None}}), (".png", {"dpi": 100})):
-            content = io.BytesIO()
-            figure.savefig(content, format=ending[1:], **options)
-            write_whole(file.with_suffix(ending), content.getvalue())
-
-
 def write_report(rows: Sequence[Row], file: Path) -> None:
     """The document, made of the rows alone, and the plot beside it."""
     rows = keep_current(rows)
     results = collect(rows)
     draw_plot(results, file)
+    draw_summary(results, file.with_stem(f"{file.stem}-summary"))
     claims = tabulate(("claim", "found", "holds"), judge(results))
+    summary = [SUMMARY, "", *show_summary(results), "", PLOTS]
     full, cuts = show_runs(results, FULL), show_runs(results, CUT)
     losses = [line for line in (*full, *cuts) if "headstart loses" in line]
     ours = {name: f"`{' '.join(('headstart train DATA', *flags))}`" for name, flags in OURS.items()}
@@ -264,7 +244,7 @@ def write_report(rows: Sequence[Row], file: Path) -> None:
     parts = {
         "# The contest": [INTRODUCTION, "", *show_sets(rows), "", REPEATED],
         "## Entrants and runs": [*told, "", *show_facts(rows)],
-        "## What came of it": [*claims, "", *show_standings(results), "", "![Plot](contest.svg)"],
+        "## What came of it": [*claims, "", *show_standings(results), "", *summary],
         "## Where headstart loses": [*full[:2], *losses, "", *explain(losses)] if losses else ["In no row."],
         "## Full sets": full,
         "## Ten pictures a class": cuts,

@@ -140,7 +140,8 @@ def table_of(text, title, *cells):
 @pytest.fixture
 def report(standings, monkeypatch, tmp_path):
     """A function from rows to the report's text; nothing is drawn."""
-    monkeypatch.setattr(standings, "draw_plot", lambda results, file: None)
+    for name in ("draw_plot", "draw_summary"):
+        monkeypatch.setattr(standings, name, lambda results, file: None)
 
     def write(rows):
         standings.write_report(rows, tmp_path / "contest.md")
@@ -425,6 +426,19 @@ def test_full_sets_have_intervals_paired_differences_times_and_memory(report):
     assert "In no row." in text
 
 
+def test_the_summary_has_of_a_rivals_variants_the_best_once_all_have_run(report):
+    rows = rows_of("scenes", {"headstart": 18, "fastai": 9, "fastai-lr-find": 12}, seconds={"fastai-lr-find": 30.0})
+    assert table_of(report(rows), "What came of it", "scenes, full")[1:] == [
+        "0.900, 10 s",
+        "0.250, 10 s",
+        "0.250, 10 s",
+        "0.600, 30 s",
+        "0.250, 10 s",
+    ]
+    missing = [row for row in rows if row["entrant"] != "fastai-lr-find"]
+    assert table_of(report(missing), "What came of it", "scenes, full")[4] == "-"
+
+
 def test_balanced_accuracy_is_the_mean_of_recalls(report):
     true = [0] * 8 + [1] * 2
     rows = [row_of("chest_xray", "headstart", first(9, 10), true=true)]
@@ -697,10 +711,16 @@ def test_a_report_of_no_rows_claims_nothing(report):
     assert table_of(text, "Each strategy by itself", "scenes", "full")[2:] == ["-"] * 7
 
 
-def test_the_plot_names_those_who_ran(standings, tmp_path):
-    rows = [row_of("scenes", name, first(9, 10)) for name in ("headstart", "sklearn")]
+def test_the_plots_name_those_who_ran(standings, tmp_path):
+    rows = [row_of("scenes", name, first(9, 10)) for name in ("headstart", "tutorial-frozen", "sklearn")]
     standings.write_report(rows, tmp_path / "contest.md")
-    texts = {element.text for element in ElementTree.parse(tmp_path / "contest.svg").iter() if element.text}
-    assert {"headstart", "sklearn", "scenes, full"} <= texts
-    assert "fastai" not in texts
-    assert (tmp_path / "contest.png").stat().st_size > 10_000
+
+    def read_texts(name):
+        return {element.text for element in ElementTree.parse(tmp_path / name).iter() if element.text}
+
+    large, summary = read_texts("contest.svg"), read_texts("contest-summary.svg")
+    assert {"headstart", "tutorial-frozen", "sklearn", "scenes, full"} <= large
+    # Of a rival's variants the best is shown once all have run.
+    assert {"headstart", "tutorial-frozen", "scenes", "full, 1 seed"} <= summary and "sklearn" not in summary
+    assert "fastai" not in large | summary
+    assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in ("contest", "contest-summary"))
