@@ -31,8 +31,7 @@ def draw_summary(results: Results, file: Path) -> None:
                 (handles[entrant],) = axis.plot(result.accuracy, place, marker, color=colour, markersize=7)
         axis.set(title=f"{cut}, {count(len(SEEDS[cut]), 'seed')}", xlabel="accuracy")
         axis.set_yticks(range(len(SETS)), SETS)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25)
+        tidy(axis)
     axis.invert_yaxis()  # for both: they share it
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles) or 1, frameon=False)
     save(figure, file)
@@ -59,10 +58,14 @@ def draw_plot(results: Results, file: Path) -> None:
         axis.margins(x=0.08)
         axis.xaxis.set_major_formatter("{x:g}")
         axis.set(title=f"{name}, {cut}", xlabel="seconds", ylabel="accuracy")
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25)
+        tidy(axis)
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, frameon=False)
     save(figure, file)
+
+
+def tidy(axis: Any) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.25)
 
 
 def save(figure: Any, file: Path) -> None:

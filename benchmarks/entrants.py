@@ -34,6 +34,7 @@ BROUGHT = {
 RIVALS = tuple(ENTRANTS)
 # Of a rival's variants the most accurate one counts.
 VARIANTS = {"fastai": ("fastai", "fastai-lr-find"), "sklearn": ("sklearn", "sklearn-tuned", "sklearn-unscaled")}
+# The rivals, all variants of one under its first name.
 CONTENDERS = tuple(name for name in RIVALS if not any(name in others for _, *others in VARIANTS.values()))
 DEEP = tuple(name for name in RIVALS if name not in VARIANTS["sklearn"])
 
