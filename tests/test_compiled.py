@@ -222,6 +222,29 @@ def test_compiling_reports_to_nobody(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["a.graph"]  # nor is anything laid in the home folder
 
 
+INTERRUPTED = """
+import signal, torch
+from pathlib import Path
+from headstart import compiled
+example = torch.zeros(2, 8, 8, 3, dtype=torch.uint8)
+graphs = [
+    compiled.compile_function(lambda pixels: pixels.float().mean((1, 2)), example, "float32", 1, Path("{folder}", name))
+    for name in ("a.graph", "b.graph")
+]
+while graphs:
+    del graphs[0]  # the oldest first, as a run leaves them
+signal.signal(signal.SIGINT, lambda *_: print("handled"))
+signal.raise_signal(signal.SIGINT)
+"""
+
+
+@needs_openvino
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are others there")
+def test_an_interrupt_is_handled_after_graphs_have_gone(tmp_path):
+    done = run_python(INTERRUPTED.replace("{folder}", str(tmp_path)), tmp_path)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
+
+
 # With or without it
 
 

@@ -55,7 +55,10 @@ def test_what_is_no_time_is_refused_with_an_example(text):
     assert caught.value.subject == "time_budget" and "5m" in caught.value.remedy
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (119, "119 s"), (120, "2 min"), (3600, "60 min")])
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (119, "119 s"), (120, "2 min"), (155, "2.6 min"), (599, "10 min"), (3600, "60 min")],
+)
 def test_a_time_is_shown_as_people_say_it(seconds, text):
     assert show_time(seconds) == text
 
@@ -114,7 +117,7 @@ def test_before_steps_are_timed_all_epochs_are_thought_possible():
     [
         (AMPLE, TUNED_EPOCHS, "then 6 epochs over the last blocks, of about 52 s"),
         (Outlook(8.0, 0.0, 4.0, 41.0), 4, "4 epochs"),
-        (Outlook(80.0, 0.0, 40.0, 270.0), 0, "the last blocks: not trained, 3 epochs would take about 5 min, and 4 m"),
+        (Outlook(80.0, 0.0, 40.0, 270.0), 0, "not trained, 3 epochs would take about 4.7 min, and 4.5 min of"),
         (Outlook(80.0, 0.0, 40.0, 0.0), 0, "the last blocks: not trained, nothing is left of the budget"),
         (Outlook(80.0, 0.0, 40.0, -3.0), 0, "nothing is left of the budget"),
     ],

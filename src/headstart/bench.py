@@ -351,11 +351,3 @@ def embed(
         matrix[list(rows)] = torch.from_numpy(np.concatenate(parts)).to(device)
     whole: NDArray[np.float32] = world.sum(matrix).cpu().numpy()
     return whole
-
-
-def answer(head: nn.Module, features: NDArray[np.float32], views: int = 1) -> NDArray[np.float32]:
-    """A head's logits (n, classes) for features (n, views x dim), the mean over the views."""
-    with torch.inference_mode():
-        logits = head(torch.from_numpy(features).reshape(len(features) * views, -1))
-        means: NDArray[np.float32] = logits.view(len(features), views, -1).mean(1).numpy()
-    return means

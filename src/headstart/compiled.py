@@ -6,6 +6,7 @@ its makers over the network; here neither happens.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import sys
@@ -87,7 +88,7 @@ def compile_function(
     cores = {"NUM_STREAMS": threads, "INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False}
     settings = {"INFERENCE_PRECISION_HINT": HINTS[precision], **cores}
     try:
-        core = openvino.Core()
+        core = _start(openvino)
         model = _recall(file, core, settings)
         if model is None:
             model = core.compile_model(_convert(function, example), "CPU", settings)
@@ -108,6 +109,16 @@ def _import_quietly() -> Any:
         del sys.modules[_TELEMETRY]
         if before is not None:
             sys.modules[_TELEMETRY] = before
+
+
+@functools.cache
+def _start(openvino: Any) -> Any:
+    """OpenVINO's core, one until the process ends.
+
+    Each gives the thread a stack for signals and takes it away with itself. Where the first of two goes first, the
+    second leaves a stack that is no longer there, and the next signal that Python handles ends the process.
+    """
+    return openvino.Core()
 
 
 def _failures(openvino: Any) -> tuple[type[Exception], ...]:

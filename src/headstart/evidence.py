@@ -23,12 +23,12 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from headstart import bench, evaluation, files, fitting, metrics, splits
+from headstart import evaluation, files, fitting, metrics, splits
 from headstart.backbones import Backbone
 from headstart.data import Dataset, Sample
 from headstart.features import key_of
 from headstart.gallery import Gallery, Look, Purse
-from headstart.heads import FittedHead
+from headstart.heads import FittedHead, answer
 from headstart.images import Fit
 from headstart.images import View as ViewName
 from headstart.plan import FitHead
@@ -453,7 +453,7 @@ def draw_curve(table: Table, matrix: NDArray[np.float32], whole: Variant) -> Cur
             return None
         head = some.fit(matrix[places], some.judge)
         others = np.setdiff1d(np.arange(n), places)
-        wrong = bench.answer(head.module, matrix[others]).argmax(1) != targets[others]
+        wrong = answer(head.module, matrix[others]).argmax(1) != targets[others]
         points.append((len(places), _error(int(wrong.sum()), len(others))))
     trained = round(n * (1 - 1 / table.phase.folds))
     measured = _error(round((1 - whole.accuracy) * n), n)

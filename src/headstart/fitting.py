@@ -36,14 +36,14 @@ from headstart import (
 )
 from headstart import config as configs
 from headstart.backbones import Backbone
-from headstart.bench import Bench, answer, embed
+from headstart.bench import Bench, embed
 from headstart.blocks import count_frozen
 from headstart.checkpoints import Checkpoint
 from headstart.config import RunConfig
 from headstart.data import Dataset, Sample
 from headstart.engine import Adapted
 from headstart.errors import DataError, DivergedError, UsageError
-from headstart.heads import FittedHead
+from headstart.heads import FittedHead, answer
 from headstart.history import open_history, summarise
 from headstart.images import Limits, View
 from headstart.material import draw_windows, make_window

@@ -30,6 +30,14 @@ WINDOW = 65  # features beside a feature, itself among them
 QUERIES = 1024  # that are compared with all training features at once
 
 
+def answer(head: nn.Module, features: NDArray[np.float32], views: int = 1) -> NDArray[np.float32]:
+    """A head's logits (n, classes) for features (n, views x dim), the mean over the views."""
+    with torch.inference_mode():
+        logits = head(torch.from_numpy(features).reshape(len(features) * views, -1))
+        means: NDArray[np.float32] = logits.view(len(features), views, -1).mean(1).numpy()
+    return means
+
+
 class NearestNeighbours(nn.Module):
     """k nearest neighbours by cosine: the logits are logarithms of Laplace-smoothed votes.
 

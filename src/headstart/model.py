@@ -31,7 +31,7 @@ from headstart.errors import (
     UsageError,
 )
 from headstart.files import UNSEALED, holds_seal, seal, write_whole
-from headstart.heads import NearestNeighbours
+from headstart.heads import NearestNeighbours, answer
 from headstart.images import Limits, Preprocess
 from headstart.labels import Language
 from headstart.loading import Picture, Wanted
@@ -120,10 +120,7 @@ class Classifier:
 
     def classify(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
         """Probabilities (n, classes) of features (n, views x dim), by the mean of the views' logits."""
-        views = len(self.backbone.spec.views)
-        with torch.inference_mode():
-            logits = self.head(torch.from_numpy(features).reshape(len(features) * views, -1))
-            return self.probabilities(logits.view(len(features), views, -1).mean(1))
+        return self.probabilities(answer(self.head, features, len(self.backbone.spec.views)))
 
     def decide(self, probabilities: NDArray[np.float64]) -> NDArray[np.bool_]:
         """Which labels are given, (n, classes): the most probable, or all over their thresholds."""

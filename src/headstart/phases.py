@@ -22,13 +22,13 @@ from torch import nn
 
 from headstart import evaluation, fitting, metrics, plan, splits
 from headstart.backbones import Backbone
-from headstart.bench import Bench, answer, embed
+from headstart.bench import Bench, embed
 from headstart.config import RunConfig
 from headstart.data import Sample
 from headstart.engine import Adapted
 from headstart.errors import DivergedError
 from headstart.fitting import Trained
-from headstart.heads import FittedHead
+from headstart.heads import FittedHead, answer
 from headstart.images import View
 from headstart.model import Classifier
 from headstart.plan import Choose, FitHead, Phase, Plan, Situation, Train

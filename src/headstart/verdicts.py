@@ -384,4 +384,5 @@ def read_time(text: str) -> float:
 
 def show_time(seconds: float) -> str:
     """A time as people say it."""
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+    minutes = seconds / 60
+    return f"{seconds:.0f} s" if seconds < 120 else f"{round(minutes, 1 if minutes < 10 else None):g} min"
