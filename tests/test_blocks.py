@@ -14,8 +14,8 @@ from torch import nn
 from torchvision import models
 
 from headstart import backbones
-from headstart.blocks import Block, count_frozen, find_blocks, leave_rates, read_rates
-from headstart.errors import UsageError
+from headstart.blocks import Block, blank, count_frozen, find_blocks, leave_rates, read_rates, run
+from headstart.errors import BackboneError, UsageError
 
 bounded = settings(max_examples=60, deadline=None)
 
@@ -298,7 +298,7 @@ def test_looking_for_blocks_leaves_the_network_as_it_was():
 
 def test_a_network_that_fails_is_left_without_hooks():
     network = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Linear(7, 7))
-    with pytest.raises(RuntimeError):
+    with pytest.raises(BackboneError):
         find_blocks(network, 4)
     assert not any(module._forward_pre_hooks for module in network.modules())
 
@@ -424,3 +424,17 @@ def test_a_rate_for_no_block_is_refused_with_the_names_of_the_blocks_and_the_hea
         read_rates(f"{name}=1e-3", BLOCKS)
     assert f"{name!r} is no block of the network" in caught.value.why
     assert caught.value.remedy.endswith("layer2.1, layer10.0, head.")
+
+
+def test_a_network_of_one_size_is_named_with_what_to_do():
+    network = timm.create_model("test_vit", num_classes=0, img_size=64, dynamic_img_size=False).eval()
+    assert run(network, blank(network, 64)).shape == (1, network.num_features)
+    with pytest.raises(BackboneError, match=r"VisionTransformer: takes no pictures of 96 pixels \(.+\)\. .*--size"):
+        run(network, blank(network, 96))
+    with pytest.raises(BackboneError, match="takes no pictures of 96 pixels"):
+        find_blocks(network, 96)
+
+
+def test_a_blank_picture_is_of_the_networks_own_number_format():
+    assert blank(nn.Conv2d(3, 4, 1).double(), 8).dtype == torch.float64
+    assert blank(nn.Flatten(), 8).shape == (1, 3, 8, 8)  # without weights, too

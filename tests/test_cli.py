@@ -254,6 +254,12 @@ def test_an_interrupted_run_goes_on_with_the_same_command(sent, status, tmp_path
     assert (tmp_path / "run" / "metrics.json").exists()
 
 
+@pytest.mark.parametrize(("verb", "told"), [("train", "goes on from there"), ("predict", "begins anew")])
+def test_what_an_interrupted_command_does_again_is_said(capsys, verb, told):
+    assert cli._report(KeyboardInterrupt(), [verb, "x"]) == 130
+    assert last_line(capsys.readouterr().err).endswith(f"the same command {told}")
+
+
 def test_a_killed_run_goes_on_with_the_same_command(tmp_path, make_shapes, tiny_weights):
     pictures = make_shapes(tmp_path / "pictures", 100)
     words = [sys.executable, "-m", "headstart", "train", str(pictures), "--out", str(tmp_path / "run")]

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import headstart
-from headstart import backbones, cli, comparison, metrics
+from headstart import backbones, blocks, cli, comparison, metrics
 from headstart.comparison import Ranked, recommend
-from headstart.errors import DataError, HeadstartError, WeightsError
+from headstart.errors import BackboneError, DataError, HeadstartError, WeightsError
 from headstart.metrics import Estimate
 from headstart.plan import Plan
 
@@ -210,6 +210,28 @@ def test_size_and_fit_are_those_that_were_given(shapes, tiny_weights, two, monke
     )
     headstart.rank(shapes, weights=str(tiny_weights), device="cpu", size=96, fit="squash")
     assert {(preprocess.size, preprocess.fit) for preprocess in seen} == {(96, "squash")}
+
+
+def test_figures_that_are_not_defined_are_null_in_json():
+    nothing = metrics.Comparison(Estimate(0.0, float("nan"), float("nan"), 4), None)
+    entry = dataclasses.replace(make("small", 2.0, 0.3), behind=nothing)
+    told = json.loads(json.dumps(entry.to_json(), allow_nan=False))
+    assert told["behind"]["difference"]["low"] is None and told["accuracy"]["high"] == 0.95
+    assert make("small", 2.0, None).to_json()["behind"] is None
+
+
+def test_a_network_that_does_not_take_the_size_is_passed_over_unless_it_was_named(
+    shapes, tiny_weights, two, monkeypatch, caplog
+):
+    def refuse(network, pictures):
+        if pictures.shape[-1] == 96 and type(network).__name__ != "EfficientNet":  # timm's, of the tiny weights
+            raise BackboneError("Lite", "takes no pictures of 96 pixels", "Leave out --size.")
+        return real(network, pictures)
+
+    real = blocks.run
+    monkeypatch.setattr(blocks, "run", refuse)
+    (ranked,) = headstart.rank(shapes, weights=str(tiny_weights), device="cpu", size=96)
+    assert ranked.file == str(tiny_weights) and "takes no pictures of 96 pixels" in caplog.text
 
 
 # A plan alone

@@ -96,6 +96,19 @@ def test_a_second_start_takes_the_graph_from_disk(tmp_path, monkeypatch):
 
 
 @needs_openvino
+def test_in_a_cache_that_cannot_be_written_a_graph_is_used_as_it_is(tmp_path, monkeypatch):
+    pixels = make_pixels(3, 8)
+    first = compile_small(tmp_path / "a.graph")(pixels)
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(compiled.Path, "touch", refuse)
+    monkeypatch.setattr(compiled, "_convert", lambda *_: pytest.fail("it was converted again"))
+    assert np.array_equal(compile_small(tmp_path / "a.graph")(pixels), first)
+
+
+@needs_openvino
 @pytest.mark.parametrize(
     "damage",
     [

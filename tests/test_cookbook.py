@@ -1,3 +1,4 @@
+import dataclasses
 import importlib
 import json
 import shutil
@@ -120,6 +121,19 @@ def test_two_runs_are_compared_on_the_pictures_of_both(tmp_path):
     other = outcome("other", {"a": False, "b": False, "c": True, "y": True})
     assert cookbook.compare(one, other).startswith("one over other: accuracy +0.667 [")
     assert MOST_TILES >= cookbook.SHOWN
+
+
+def test_of_pictures_in_groups_the_groups_are_drawn(tmp_path):
+    def outcome(label: str, hits: dict[str, bool]) -> cookbook.Outcome:
+        groups = {source: source[0] for source in hits}
+        return cookbook.Outcome(label, tmp_path, {}, hits, 1.0, groups)
+
+    sources = [f"{group}{number}" for group in "abcd" for number in range(5)]
+    one = outcome("one", dict.fromkeys(sources, True))
+    other = outcome("other", {source: source[0] != "a" for source in sources})
+    assert "p = " not in cookbook.compare(one, other)  # five pictures of one group are one difference
+    alone = [dataclasses.replace(run, groups={}) for run in (one, other)]
+    assert "p = 0.062" in cookbook.compare(*alone)
 
 
 # Real pictures

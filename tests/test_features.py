@@ -533,3 +533,19 @@ def test_features_are_kept_in_a_spare_folder_too(tmp_path, network):
         with open_cache("auto", tmp_path / "file" / "cache", tmp_path / "run" / "cache") as folder:
             features_of(paths, network, folder)
     assert network.computed == 3
+
+
+def test_a_shard_that_cannot_be_read_is_no_damage_and_stays(tmp_path, monkeypatch, caplog):
+    import safetensors
+
+    store = Store(tmp_path / "store")
+    store.append(["ab" * 32], {"x": np.zeros((1, 2), np.float32)})
+    (file,) = store.folder.glob("*.safetensors")
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(safetensors, "safe_open", refuse)
+        assert store.index() == {} and file.exists()
+    assert "damaged" not in caplog.text and list(store.index()) == ["ab" * 32]

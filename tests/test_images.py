@@ -18,7 +18,7 @@ from PIL import Image
 from torchvision import transforms
 
 from headstart.errors import UnreadableImage
-from headstart.images import Limits, Preprocess, describe, open_image, read_bytes
+from headstart.images import Limits, Preprocess, check_limits, describe, open_image, read_bytes
 
 # No row, column or diagonal is an axis of symmetry: each of the eight orientations looks different.
 ASYMMETRIC = np.random.default_rng(0).integers(0, 256, (3, 5, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
@@ -481,3 +481,11 @@ def test_the_hash_is_the_perceptual_hash_of_imagehash(size):
     grey = picture.convert("L").resize((128, 128), Image.Resampling.BOX)
     expected = imagehash.phash(grey, hash_size=16).hash
     assert (np.unpackbits(describe(picture).hash).reshape(16, 16) == expected).all()
+
+
+def test_a_header_alone_is_held_against_the_limits_that_were_given_rather_than_pillows(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # it takes pictures of twice that
+    content = encoded(Image.new("RGB", (40, 30)))
+    check_limits(content, Limits(pixels=1200))
+    with pytest.raises(UnreadableImage, match="40x30 is over the limit"):
+        check_limits(content, Limits(pixels=1199))

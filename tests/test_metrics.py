@@ -617,3 +617,12 @@ def test_going_through_a_course_the_first_of_the_best_epochs_is_kept(name, cours
     known = [value for value in course if not math.isnan(value)]
     expected = (min(known) if name in LOWER else max(known)) if known else None
     assert kept == (course.index(expected) if known else None)
+
+
+def test_of_groups_on_which_both_are_alike_nothing_can_be_told():
+    hits = np.array([True, False, True, True])
+    weights = metrics.draw_weights(np.zeros(4, np.int64), ["a", "a", "b", "b"], 200, 0)
+    found = metrics.compare_drawn(hits, hits, weights)
+    assert str(found) == "+0.000 [too few pictures to tell]"
+    told = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    assert told == {"difference": {"value": 0.0, "low": None, "high": None, "n": 4}, "p_value": None}

@@ -163,6 +163,8 @@ def test_no_reason_is_given_for_what_was_not_decided(facts, silent):
 def test_fewer_folds_are_not_laid_on_a_class_that_is_large_enough():
     # Groups that must not part can allow fewer folds than the smallest class has pictures.
     assert "the smallest class has 40" not in reasons(decide(situation(folds=3, smallest_class=40), RunConfig()))
+    # Nor has one of fewer a say, which is one group and never held out.
+    assert "the smallest class has 2" not in reasons(decide(situation(folds=4, smallest_class=2), RunConfig()))
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

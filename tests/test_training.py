@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import headstart
-from headstart import checkpoints, features, heads, history, training
+from headstart import checkpoints, features, fitting, heads, history, training
 from headstart.errors import DataError, UsageError
 
 
@@ -269,6 +269,17 @@ def test_a_run_that_is_stopped_while_its_curves_are_drawn_is_not_finished_and_go
     assert "the curves could not be drawn: RuntimeError: no font" in caplog.text
     assert metrics_of(run.path)["n"] == 6 and headstart.load(run.path).classes == run.classifier.classes
     assert not list(run.path.glob("curves.*")) and not list(run.path.glob("checkpoint*"))
+
+
+def test_a_batch_that_cannot_be_drawn_stops_nothing(shapes, tmp_path, tiny_weights, monkeypatch, caplog):
+    def fail(*_):
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr(fitting, "draw_batch", fail)
+    settings = {"strategy": "finetune", "epochs": 1, "precision": "float32", "batch_size": 8}
+    run = headstart.train(shapes, tmp_path / "run", weights=str(tiny_weights), device="cpu", **settings)
+    assert "the batch could not be drawn: RuntimeError: no font" in caplog.text
+    assert run is not None and not (run.path / "batch.png").exists()
 
 
 def test_checkpoints_that_a_kill_after_the_last_file_left_behind_go(train, shapes):

@@ -25,7 +25,7 @@ from headstart import (
 )
 from headstart.augmentation import Augmentation
 from headstart.backbones import Backbone, randomise
-from headstart.blocks import Block, count_frozen
+from headstart.blocks import Block, blank, count_frozen, run
 from headstart.data import Dataset, Role, Sample
 from headstart.engine import Adapted, Training
 from headstart.errors import TrainingError
@@ -78,9 +78,8 @@ class Bench:
     @functools.cached_property
     def dim(self) -> int:
         """How many features the backbone gives."""
-        size = self.backbone.spec.preprocess.size
-        with torch.no_grad():
-            return int(self.backbone.network(torch.zeros(1, 3, size, size)).shape[1])
+        network, size = self.backbone.network, self.backbone.spec.preprocess.size
+        return run(network, blank(network, size)).shape[1]
 
     @functools.cached_property
     def look_seconds(self) -> float:
@@ -191,8 +190,10 @@ class Bench:
             return None
         return prefix.cut(adapted.backbone, self.blocks, frozen, self.backbone.spec.preprocess.size)
 
-    def can_keep(self, phase: Train, activations: NDArray[np.float16], folder: Path) -> bool:
-        """Whether there is room for what a phase keeps of all pictures, where one's activations are these."""
+    def can_keep(self, phase: Train, activations: NDArray[np.float32], folder: Path) -> bool:
+        """Whether there is room for what a phase keeps of all pictures, and half precision holds one's activations."""
+        if not np.abs(activations).max() < prefix.LARGEST:  # nor a NaN
+            return False
         settings, select = phase.settings, len(self.dataset.of_role("select"))
         shape = (len(self.dataset.of_role("fit")) * settings.cached_views + select, *activations.shape)
         return prefix.has_room(folder, prefix.count_bytes(shape), settings.disk_mebibytes * 2**20)

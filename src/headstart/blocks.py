@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from headstart.config import did_you_mean
-from headstart.errors import UsageError
+from headstart.errors import BackboneError, UsageError
 
 BODY = "body"  # all blocks, as a part with its own learning rate
 
@@ -21,6 +21,28 @@ class Block:
     name: str
     modules: tuple[str, ...]
     within: str = ""  # what stands before the name in the modules' own names, where the network is wrapped
+
+
+def blank(network: nn.Module, size: int) -> Tensor:
+    """A blank picture for a network, (1, 3, size, size), where its weights are and in their number format."""
+    return next(network.parameters(), torch.zeros(0)).new_zeros(1, 3, size, size)
+
+
+def run(network: nn.Module, pictures: Tensor) -> Tensor:
+    """What a network gives for pictures (n, 3, size, size), without gradients.
+
+    Raises:
+        BackboneError: where it does not run on them, as many transformers take pictures of their own size only.
+    """
+    try:
+        with torch.no_grad():
+            given: Tensor = network(pictures)
+    # What networks raise for pictures of another size than theirs.
+    except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
+        reason = str(error).split("\n")[0].rstrip(".") or type(error).__name__
+        why = f"takes no pictures of {pictures.shape[-1]} pixels ({reason})"
+        raise BackboneError(type(network).__name__, why, "Leave out --size, or choose another network.") from error
+    return given
 
 
 def find_blocks(network: nn.Module, size: int) -> tuple[Block, ...]:
@@ -61,10 +83,8 @@ def _run_order(network: nn.Module, size: int) -> list[str]:
         network.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: called.setdefault(name))
         for name in own
     ]
-    example = next(network.parameters(), torch.zeros(0)).new_zeros(1, 3, size, size)
     try:
-        with torch.no_grad():
-            network(example)
+        run(network, blank(network, size))
     finally:
         for hook in hooks:
             hook.remove()

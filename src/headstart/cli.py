@@ -279,7 +279,7 @@ def rank(
         ranked = comparison.rank(data, track=track, **_given(settings))
     print(display.ranking(ranked, comparison.recommend(ranked), data, _given(settings)))
     if json is not None:
-        terminal.write_json(json, [dataclasses.asdict(entry) for entry in ranked])
+        terminal.write_json(json, [entry.to_json() for entry in ranked])
 
 
 @app.command
@@ -441,7 +441,8 @@ def _report(error: BaseException, words: Sequence[str]) -> int:
         terminal.say(f"error: usage: {command}: {display.shown(text)} See headstart {verb} --help.")
         return 2
     if isinstance(error, KeyboardInterrupt):
-        terminal.say("interrupted: what was done so far is kept, the same command goes on from there")
+        again = "begins anew" if words[:1] == ["predict"] else "goes on from there"
+        terminal.say(f"interrupted: what was done so far is kept, the same command {again}")
         return 143 if isinstance(error, _Terminated) else 130
     if isinstance(error, BrokenPipeError):  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -6,10 +6,10 @@ import dataclasses
 import functools
 import logging
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,11 @@ class Ranked:
     megabytes: float  # of its weights
     behind: Comparison | None  # how much more accurate the first one is; None for that one
     file: str = ""  # of the user's weights
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures as JSON values."""
+        behind = None if self.behind is None else self.behind.to_json()
+        return {**dataclasses.asdict(self), "accuracy": self.accuracy.to_json(), "behind": behind}
 
 
 def rank(data: Data, *, track: Track = lambda pictures, total: pictures, **settings: Any) -> tuple[Ranked, ...]:
@@ -134,7 +139,7 @@ def find_at_hand(config: RunConfig) -> list[tuple[Located, bool]]:
     here.sort(key=lambda network: network.file.stat().st_size)
     named, given = [], config.model.weights
     if given or config.model.backbone != ModelConfig().backbone:
-        files = given.split(",") if not Path(given).exists() else [given]
+        files = [given] if os.path.exists(given) else given.split(",")
         named = [backbones.locate(config.model.backbone, file.strip()) for file in files]
     known = {located.file for located in named}
     adapt = functools.partial(Spec.adapted, size=config.model.size, fit=config.model.fit)

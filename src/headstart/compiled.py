@@ -6,6 +6,7 @@ its makers over the network; here neither happens.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import logging
@@ -151,12 +152,13 @@ def _recall(file: Path, core: Any, settings: Mapping[str, object]) -> Any:
     """The compiled graph in a file; None where there is none, or its bytes are not those that were written."""
     try:
         content = file.read_bytes()
-        file.touch()  # the least recently used are the first to go
     except FileNotFoundError:
         return None
     except OSError as error:
         log.info("%s cannot be read (%s): it is made again", file, error.strerror)
         return None
+    with contextlib.suppress(OSError):  # in a cache that cannot be written, none goes
+        file.touch()  # the least recently used are the first to go
     if not holds_seal(content, content[: len(UNSEALED)].decode("ascii", "replace")):
         log.warning("cache: %s: is damaged and is made again", file)
         return None

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import numpy as np
 
 from headstart import backbones, blocks, metrics, pictures, training, weights, zoo
 from headstart import config as configs
-from headstart.config import cache_folder, did_you_mean
+from headstart.config import EvaluateConfig, cache_folder, did_you_mean
 from headstart.errors import UsageError
 from headstart.features import Track
 from headstart.labels import find_names
@@ -109,6 +109,7 @@ class Outcome:
     figures: Mapping[str, Estimate]
     hits: Mapping[str, bool]  # source -> whether the answer was right
     seconds: float  # of training, or of fitting heads
+    groups: Mapping[str, str] = field(default_factory=dict)  # source -> group, where there are any
 
     def row(self) -> str:
         """The run as a row of the table that `tabulate` makes."""
@@ -145,7 +146,8 @@ def train(
         hits = {row["source"]: row["target"] == row["label"] for row in csv.DictReader(file)}
     seconds = json.loads((folder / "environment.json").read_text(encoding="utf-8"))["seconds"]
     estimates = {name: Estimate.from_json(values) for name, values in figures.items()}
-    return Outcome(label, folder, estimates, hits, seconds.get("training", seconds.get("heads", 0.0)))
+    groups = {sample.source: sample.group for sample in RunFolder(folder).read_split()[2]}
+    return Outcome(label, folder, estimates, hits, seconds.get("training", seconds.get("heads", 0.0)), groups)
 
 
 def tabulate(outcomes: Sequence[Outcome]) -> str:
@@ -155,10 +157,19 @@ def tabulate(outcomes: Sequence[Outcome]) -> str:
 
 
 def compare(first: Outcome, second: Outcome) -> str:
-    """How much more accurate the first is than the second on the pictures that both were measured on, in words."""
+    """How much more accurate the first is than the second on the pictures that both were measured on, in words.
+
+    Where pictures have groups, these are drawn; see `metrics.compare_drawn`.
+    """
     shared = [source for source in first.hits if source in second.hits]
     ours, theirs = (np.array([one.hits[source] for source in shared], bool) for one in (first, second))
-    return f"{first.label} over {second.label}: accuracy {metrics.compare(ours, theirs)}"
+    groups = [first.groups.get(source, "") for source in shared]
+    if any(groups):
+        weights = metrics.draw_weights(np.zeros(len(shared), np.int64), groups, EvaluateConfig().resamples, seed=0)
+        found = metrics.compare_drawn(ours, theirs, weights)
+    else:
+        found = metrics.compare(ours, theirs)
+    return f"{first.label} over {second.label}: accuracy {found}"
 
 
 def draw_predictions(outcome: Outcome, file: Path) -> None:

@@ -117,7 +117,7 @@ def prepare(
     Args:
         backbone: the network.
         device: where it runs.
-        precision: `bfloat16` or `float32`.
+        precision: `bfloat16`, `float16` or `float32`.
         engine: `torch`, or what `find_engine` gave for the same network, device, precision and folder.
         folder: where `find_engine` keeps graphs.
 
@@ -126,6 +126,7 @@ def prepare(
     """
     import torch
 
+    from headstart.blocks import run
     from headstart.folding import fold_batch_norms
 
     if engine == "openvino":
@@ -137,7 +138,7 @@ def prepare(
     threads = torch.get_num_threads()
     with torch.inference_mode():
         home = next((p.device for p in backbone.network.parameters()), torch.device("cpu"))
-        expected = backbone.network(example[:1].to(home)).float().cpu()
+        expected = run(backbone.network, example[:1].to(home)).float().cpu()
         network = copy.deepcopy(backbone.network).cpu()
         fold_batch_norms(network, example[:1])
         network = network.to(device, dtype).to(memory_format=torch.channels_last)
@@ -240,7 +241,7 @@ def find_engine(
         spec: the network.
         load: gives it.
         device: where it will run: OpenVINO only competes on the CPU.
-        precision: `bfloat16` or `float32`.
+        precision: `bfloat16`, `float16` or `float32`.
         folder: where answers and graphs are kept.
         count_missing: gives how many pictures' features an engine would have to compute. Where they are few, nothing is
             converted and timed.

@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import nn
 
 from headstart import evaluation, files, fitting, metrics, splits
 from headstart.backbones import Backbone
+from headstart.blocks import blank, run
 from headstart.data import Dataset, Sample
+from headstart.errors import BackboneError
 from headstart.features import key_of
 from headstart.gallery import Gallery, Look, Purse
 from headstart.heads import FittedHead, answer
@@ -112,12 +113,11 @@ def recall_depths(spec: Spec, load: Callable[[], Backbone], folder: Path | None)
 def find_larger(network: nn.Module, size: int) -> int:
     """A larger side of its input, in pixels, that a network takes; 0 where it takes none, as many transformers do."""
     larger = enlarge(size)
-    example = next(network.parameters(), torch.zeros(0)).new_zeros(1, 3, size, size)
+    expected = run(network, blank(network, size))
     try:
-        with torch.no_grad():
-            expected, found = network(example), network(example.new_zeros(1, 3, larger, larger))
-    except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
-        log.info("no input of %d pixels is tried: %s", larger, str(error).split("\n")[0])
+        found = run(network, blank(network, larger))
+    except BackboneError as error:
+        log.info("no input of %d pixels is tried: %s", larger, error.why)
         return 0
     return larger if found.shape == expected.shape and larger > size else 0
 

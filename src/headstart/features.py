@@ -105,7 +105,10 @@ class Store:
             try:
                 with safe_open(file, framework="np") as shard:
                     rows = shard.get_tensor("digest")
-            except (SafetensorError, OSError) as error:
+            except OSError as error:  # tidied away by another process, or not ours to read: no damage
+                log.info("cache: %s: cannot be read (%s)", file, error.strerror or error)
+                continue
+            except SafetensorError as error:
                 log.warning("cache: %s: is damaged and was thrown away (%s)", file, error)
                 file.unlink(missing_ok=True)
                 continue

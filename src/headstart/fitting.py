@@ -44,7 +44,7 @@ from headstart.data import Dataset, Sample
 from headstart.engine import Adapted
 from headstart.errors import DataError, DivergedError, UsageError
 from headstart.heads import FittedHead, answer
-from headstart.history import open_history, summarise
+from headstart.history import may_fail, open_history, summarise
 from headstart.images import Limits, View
 from headstart.material import draw_windows, make_window
 from headstart.model import Classifier
@@ -214,10 +214,10 @@ def measure_pace(bench: Bench, phase: Train, config: RunConfig, folder: Path) ->
     name, parts, activations = f"{spec.library}/{spec.architecture}", bench.cut(phase, adapted), None
     if parts is not None:
         example = torch.zeros(1, 3, spec.preprocess.size, spec.preprocess.size, device=bench.device)
-        given = parts.prefix(example)[0].cpu().numpy().astype(np.float16)
+        given = parts.prefix(example)[0].cpu().numpy()
         if bench.can_keep(phase, given, folder):
             name += f" after {blocks[count_frozen(blocks, settings.freeze) - 1].name}"
-            adapted, activations = Adapted(parts.suffix, adapted.head), given
+            adapted, activations = Adapted(parts.suffix, adapted.head), given.astype(np.float16)
             blocks, settings = optimisation.leave_out_frozen(blocks, settings)
     chosen_cache = config.train.cache
     cache = configs.cache_folder() if chosen_cache == "auto" else Path(chosen_cache)
@@ -345,9 +345,10 @@ def train_phases(
                 chosen = _find_rate(folder, bench, chosen, number, adapted)
                 phase = chosen.phases[number]
                 assert isinstance(phase, Train)
-            training = bench.start(phase, number, adapted, folder.path, resumed=done[0] == number)
             if folder.writes and phase.on == "pictures" and not (folder.path / BATCH).exists():
-                draw_batch(bench, phase, folder.path / BATCH)
+                with may_fail("the batch"):  # before the phase begins, whose time is counted
+                    draw_batch(bench, phase, folder.path / BATCH)
+            training = bench.start(phase, number, adapted, folder.path, resumed=done[0] == number)
             log.info("training %s of %s parameters", *map("{:,}".format, (training.trainable, count_all(adapted))))
             for record in track(training.run(), training.count_left()):
                 history.add(record)

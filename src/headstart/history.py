@@ -6,6 +6,7 @@ import contextlib
 import io
 import itertools
 import json
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -17,6 +18,8 @@ from headstart.errors import TrainingError
 from headstart.files import write_whole
 from headstart.plan import Plan, Train
 from headstart.runs import RunFolder
+
+log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 NAME = "history.jsonl"
@@ -185,6 +188,15 @@ def draw(folder: Path) -> None:
     for axis in axes:
         axis.set_xlabel("epoch")
     _save(figure, folder / "curves")
+
+
+@contextlib.contextmanager
+def may_fail(what: str) -> Iterator[None]:
+    """Whatever a drawing fails for, the model is worth more: work goes on, and the reason is said."""
+    try:
+        yield
+    except Exception as error:
+        log.warning("%s could not be drawn: %s: %s", what, type(error).__name__, error)
 
 
 def draw_together(folders: Mapping[str, Path], file: Path) -> None:

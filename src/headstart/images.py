@@ -5,8 +5,10 @@ Both have their only home here: training, evaluation, prediction and audit see t
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -102,13 +104,20 @@ def open_image(
     """
     if not isinstance(picture, bytes):
         name, picture = picture, read_bytes(picture, limits)
+    with _open_header(picture, limits, name) as image:
+        image.load()
+        return _upright(_to_rgb(image), _orientation(image))
+
+
+@contextlib.contextmanager
+def _open_header(content: bytes, limits: Limits, name: str | os.PathLike[str]) -> Iterator[Image.Image]:
+    """A picture within limits, of which only the header is read; `UnreadableImage` for whatever goes wrong with it."""
     if Image.MAX_IMAGE_PIXELS is not None and limits.pixels > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = limits.pixels  # Pillow's own limit would come first
     try:
-        with Image.open(io.BytesIO(picture)) as image:
+        with Image.open(io.BytesIO(content)) as image:
             _check_header(image, limits, name)
-            image.load()
-            return _upright(_to_rgb(image), _orientation(image))
+            yield image
     except UnreadableImage:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -135,8 +144,8 @@ def _check_header(image: Image.Image, limits: Limits, name: str | os.PathLike[st
 
 def check_limits(content: bytes, limits: Limits) -> None:
     """Raise `UnreadableImage` for a picture, known to be readable, that is over limits; only its header is read."""
-    with Image.open(io.BytesIO(content)) as image:
-        _check_header(image, limits, "picture")
+    with _open_header(content, limits, "picture"):
+        pass
 
 
 def _orientation(image: Image.Image) -> int:

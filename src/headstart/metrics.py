@@ -70,7 +70,13 @@ class Comparison:
 
     def __str__(self) -> str:
         d, told = self.difference, "" if self.p_value is None else f", p = {self.p_value:.2g}"
+        if math.isnan(d.low):
+            return f"{d.value:+.3f} [too few pictures to tell]"
         return f"{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]{told}"
+
+    def to_json(self) -> dict[str, Any]:
+        """The comparison as JSON values."""
+        return {"difference": self.difference.to_json(), "p_value": self.p_value}
 
 
 def compare(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> Comparison:

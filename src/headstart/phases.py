@@ -69,7 +69,7 @@ def settle(
     def make(timing: Timing) -> Plan:
         return plan.decide(dataclasses.replace(situation, timing=timing), config)
 
-    before, head = (folder.read_json("plan.json") or {}).get("timing"), None
+    before, head = bench.world.tell((folder.read_json("plan.json") or {}).get("timing")), None
     timing = agree(Timing.from_json(before) if before else Timing((), clock.left(), look_seconds=look_seconds))
     chosen = make(timing)
     fitting.check_settings(bench, chosen)

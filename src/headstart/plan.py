@@ -201,7 +201,7 @@ def _plan_head(s: Situation, config: RunConfig, linear: bool, reasons: list[str]
     heads, why = _choose_heads(s, config, linear, deep, len(views))
     reasons += why
     if s.folds < config.train.folds:
-        cause = f"the smallest class has {s.smallest_class}" if s.smallest_class <= s.folds else "groups allow no more"
+        cause = f"the smallest class has {s.smallest_class}" if s.smallest_class == s.folds else "groups allow no more"
         reasons.append(f"{s.folds} folds instead of {config.train.folds}: {cause}")
     reasons += said
     return FitHead(heads, s.folds, taps, views, fit, size)

@@ -138,7 +138,8 @@ def _shorten(network: nn.Module, boundary: str, size: int) -> nn.Module:
 def keep(
     file: Path, album: Album, augmentation: Augmentation, compute: Compute, seed: int, views: int, limit_bytes: int
 ) -> NDArray[np.float16] | None:
-    """The activations (n, views, ...) of an album's varied pictures, float16, on disk; None where there is no room.
+    """The activations (n, views, ...) of an album's varied pictures, float16, on disk; None where
+    there is no room, or float16 does not hold them.
 
     View k of a picture is what epoch k shows of it, a function of (seed, k, picture). A file that is there already is
     taken as it is.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headstart.blocks import Block, find_blocks, find_end, list_names
+from headstart.blocks import Block, blank, find_blocks, find_end, list_names
 from headstart.config import did_you_mean
 from headstart.errors import UsageError
 from headstart.verdicts import FINAL
@@ -87,7 +87,7 @@ def find_depths(network: nn.Module, size: int) -> tuple[tuple[str, ...], tuple[i
         size: side of its input in pixels.
     """
     names = [block.name for block in find_blocks(network, size)][:-1]  # the last one's mean often is `final` itself
-    example = next(network.parameters(), torch.zeros(0)).new_zeros(1, 3, size, size)
+    example = blank(network, size)
     with torch.no_grad():
         names = list(Tapped(copy.deepcopy(network), names, size).list_usable(example))
         chosen = dict.fromkeys(names[len(names) * part // 6] for part in (3, 4, 5)) if names else {}

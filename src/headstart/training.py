@@ -160,6 +160,7 @@ def _conduct(
     from headstart.bench import embed
 
     audit, dataset = _deal(given, view.survey, config)
+    clock.mark("audit")
     purse = gallery.Purse(clock.left, view.survey, world)
     sight = _weigh(folder, dataset, network, view, audit, config, look, purse, world)
     if strategies.may_train_further(config):
@@ -170,7 +171,7 @@ def _conduct(
     chosen, head = phases.settle(folder, bench, situation, config, audit.groups, clock, purse.pace)
     folder.write_json("audit.json", audit.to_json())
     folder.write_text("split.csv", splits.to_csv(dataset))
-    clock.mark("audit")
+    clock.mark("plan")
     if dry_run:
         return chosen
     classifier, chosen = phases.carry_out(folder, chosen, bench, audit.groups, track, head)
@@ -206,7 +207,10 @@ def _write(folder: RunFolder, run: Run, spec: Spec, view: View) -> None:
         without = run.unleaked.to_json()["metrics"] if run.unleaked is not None else {}
         measured["without_leaks"] = {"n": len(run.evaluation.sources) - run.leaked, "metrics": without}
     if run.plan.trains:
-        _draw_curves(folder)
+        from headstart import history
+
+        with history.may_fail("the curves"):
+            history.draw(folder.path)
     folder.write_json("metrics.json", measured)
     _tidy(folder)
 
@@ -216,16 +220,6 @@ def _tidy(folder: RunFolder) -> None:
     checkpoints.remove(folder.path)
     for file in (*folder.path.glob("activations-*.npy"), *folder.path.glob("trained-*.safetensors")):
         file.unlink()
-
-
-def _draw_curves(folder: RunFolder) -> None:
-    from headstart import history
-
-    try:
-        history.draw(folder.path)
-    # Whatever a drawing fails for, the model is worth more: it is kept, and the reason is said.
-    except Exception as error:
-        log.warning("the curves could not be drawn: %s: %s", type(error).__name__, error)
 
 
 def _torchrun(world: World) -> tuple[str, ...]:

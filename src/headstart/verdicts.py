@@ -18,7 +18,7 @@ FINAL = "final"  # the network's own features, among those of several depths
 WORTH_DEPTH, WORTH_VIEWS, WORTH_GEOMETRY = 0.01, 0.02, 0.02
 LARGER = 1.3  # times a network's own side: what it does best at, mostly, without training (Touvron et al., 2019)
 SQUARE = 1.02  # sides whose ratio is less count as equal
-# No other geometries and views are tried, nor training further, where the error by cross-validation is less than this
+# No other geometries and views are tried, nor training further, where the error by cross-validation is at most this
 # share of what always saying the most frequent class gives: half of a hundredth for two equal classes.
 LITTLE = 0.02
 # Training further: epochs over the last blocks, where others follow; the least, whatever is trained.
