@@ -17,7 +17,7 @@ from common import headstart
 from sets import DATA, show
 
 SETS = ("hymenoptera", "scenes", "chest_xray")
-STRATEGIES = ("probe", "lp-ft", "finetune", "two-stage", "scratch")
+STRATEGIES = ("auto", "probe", "lp-ft", "finetune", "two-stage", "scratch")
 
 
 def main() -> None:
