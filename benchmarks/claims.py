@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from entrants import ARMS, DEEP, FULL, OURSELVES, RIVALS
+from entrants import ARMS, CONTENDERS, DEEP, FULL, OURSELVES
 from headstart.metrics import TINY
 from results import Entrants, Results, Standing, draw_errors, get_arms, get_rivals, group, list_ahead, list_whole, rank
 
@@ -21,7 +21,7 @@ def judge(results: Results) -> list[tuple[str, str, str]]:
     """(claim, what was found, whether it holds) of each claim."""
     error = f"a mean error at least {percent(LEAST, 0)} below the best rival's, over "
     claims = {
-        "the most accurate, or within the noise of it, on every set": judge_places(results, RIVALS, get_rivals),
+        "the most accurate, or within the noise of it, on every set": judge_places(results, CONTENDERS, get_rivals),
         "the best mean rank": judge_rank(results),
         **{error + name: judge_error(some) for name, some in group(results).items()},
         "full sets: at most a third of the fastest deep rival's time": judge_time(results),
@@ -75,10 +75,12 @@ def judge_error(results: Results) -> Found:
 
 def judge_time(results: Results) -> Found:
     """On which full set headstart takes the largest share of the fastest deep rival's time."""
-    full = {name: found for (name, cut), found in list_whole(results, DEEP).items() if cut == FULL}
+    whole = list_whole(results, [name for name in CONTENDERS if name in DEEP])
+    full = {name: found for (name, cut), found in whole.items() if cut == FULL}
     shares = []
     for name, entrants in full.items():
-        (fastest, rival), ours = min((entrants[rival].seconds, rival) for rival in DEEP), entrants[OURSELVES].seconds
+        fastest, rival = min((entrants[rival].seconds, rival) for rival in DEEP if rival in entrants)
+        ours = entrants[OURSELVES].seconds
         shares.append((ours / fastest, f"{name} ({ours:.0f} s against {fastest:.0f} s, {rival})"))
     if not shares:
         return "-", say(False, told=False)

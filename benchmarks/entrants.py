@@ -32,7 +32,7 @@ BROUGHT = {
     "interpolation": ("headstart-5m", "headstart-5m-without-interpolation"),
 }
 RIVALS = tuple(ENTRANTS)
-# Of a rival's variants the most accurate one counts.
+# Of a rival's variants that have run the most accurate one counts; the first has to.
 VARIANTS = {"fastai": ("fastai", "fastai-lr-find"), "sklearn": ("sklearn", "sklearn-tuned", "sklearn-unscaled")}
 # The rivals, all variants of one under its first name.
 CONTENDERS = tuple(name for name in RIVALS if not any(name in others for _, *others in VARIANTS.values()))

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from entrants import ARMS, CUT, FULL, OURS, OURSELVES, RIVALS, SEEDS, SETS, UNSEEN, VARIANTS
+from entrants import ARMS, CONTENDERS, CUT, FULL, OURS, OURSELVES, RIVALS, SEEDS, SETS, UNSEEN, VARIANTS
 from headstart import metrics
 from headstart.metrics import Comparison, Estimate
 
@@ -86,11 +86,11 @@ def merge(runs: Sequence[Row]) -> Result:
 
 
 def get_rivals(entrants: Entrants) -> dict[str, Result]:
-    """The rivals that have run; of variants, once all have, the most accurate, and the fastest where they tie."""
+    """The rivals that have run; of variants, once the first has, the most accurate, and the fastest where they tie."""
     rivals = {name: entrants[name] for name in RIVALS if name in entrants}
     for name, variants in VARIANTS.items():
         found = [rivals.pop(variant) for variant in variants if variant in rivals]
-        if len(found) == len(variants):
+        if name in entrants:
             rivals[name] = max(found, key=lambda result: (result.accuracy, -result.seconds))
     return rivals
 
@@ -106,7 +106,7 @@ def get_arms(entrants: Entrants) -> dict[str, Result]:
     return {name: entrants[name] for name in ARMS if name in entrants}
 
 
-def list_whole(results: Results, others: Sequence[str] = RIVALS) -> Results:
+def list_whole(results: Results, others: Sequence[str] = CONTENDERS) -> Results:
     """The sets and cuts on which headstart and all others have run."""
     return {place: found for place, found in results.items() if {OURSELVES, *others} <= set(found)}
 

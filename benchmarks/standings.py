@@ -53,7 +53,9 @@ from [the rows of all runs](../benchmarks/contest.jsonl). What the sets and entr
 it does, was written by hand, the figures in those sentences included.
 
 * **Rivals** use the settings of their own documentation. Of the variants of fastai and of scikit-learn the most
-  accurate counts on each set, and *seconds / ours* are of that variant. Deep rivals: all but scikit-learn.
+  accurate counts on each set, and *seconds / ours* are of that variant. Deep rivals: all but scikit-learn. fastai's
+  `lr_find` tries a hundred batches, which takes longer than the training that follows: with about three hours for
+  each rival, `fastai-lr-find` has run on few full sets.
 * **Intervals** are of 95 %. Accuracy has Wilson's, balanced accuracy one by bootstrap. *headstart - this* is the paired
   difference of accuracies: Newcombe's interval and, as p, McNemar's exact test, for each pair by itself. Interval and
   test are different methods and may disagree at the border. A loss whose interval holds 0 is *within the noise*: n
