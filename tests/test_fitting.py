@@ -682,6 +682,12 @@ def test_of_several_processes_only_the_first_measures(make_bench, own_cache, tmp
     assert not own_cache.exists()
 
 
+@pytest.mark.parametrize(("value", "kept"), [(65_000.0, True), (-66_000.0, False), (np.nan, False)])
+def test_activations_that_float16_does_not_hold_are_foreseen_not_to_be_kept(bench, tmp_path, value, kept):
+    phase = Train(decide(freeze="2", cached_views=2, disk_mebibytes=100), PLAIN)
+    assert bench.can_keep(phase, np.full((4, 2, 2), value, np.float32), tmp_path) == kept
+
+
 @pytest.mark.parametrize(("views", "room", "kept"), [(2, 100, True), (0, 100, False), (2, 0, False)])
 def test_a_step_is_timed_without_the_frozen_blocks_where_their_activations_will_be_kept(
     bench, own_cache, tmp_path, monkeypatch, views, room, kept

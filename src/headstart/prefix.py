@@ -138,8 +138,9 @@ def _shorten(network: nn.Module, boundary: str, size: int) -> nn.Module:
 def keep(
     file: Path, album: Album, augmentation: Augmentation, compute: Compute, seed: int, views: int, limit_bytes: int
 ) -> NDArray[np.float16] | None:
-    """The activations (n, views, ...) of an album's varied pictures, float16, on disk; None where
-    there is no room, or float16 does not hold them.
+    """The activations (n, views, ...) of an album's varied pictures, float16, on disk.
+
+    None where there is no room, or where float16 does not hold them.
 
     View k of a picture is what epoch k shows of it, a function of (seed, k, picture). A file that is there already is
     taken as it is.
@@ -172,7 +173,7 @@ def keep(
             with partial.open("r+b") as whole:
                 os.posix_fallocate(whole.fileno(), 0, partial.stat().st_size)
         for rows, values in _compute_all(album, augmentation, compute, seed, views):
-            if not np.abs(values).max() < LARGEST:  # nor a NaN
+            if not fit_half(values):
                 log.info("activations are too large for float16, and not kept: the first blocks run each time")
                 del stored
                 partial.unlink()
@@ -192,6 +193,11 @@ def keep(
 def count_bytes(shape: tuple[int, ...]) -> int:
     """What activations take on disk."""
     return np.dtype(np.float16).itemsize * math.prod(shape)
+
+
+def fit_half(values: NDArray[np.float32]) -> bool:
+    """Whether float16 holds such values."""
+    return bool(np.abs(values).max() < LARGEST)  # nor a NaN
 
 
 def has_room(folder: Path, needed: int, limit_bytes: int) -> bool:
