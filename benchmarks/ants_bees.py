@@ -35,7 +35,9 @@ NOTES = {
     "network": "within pictures: building the network",
     "decode": "within pictures, summed over threads, waiting for the interpreter included",
     "forward": "within pictures, summed over threads",
-    "audit": "duplicates, roles, plan",
+    "audit": "duplicates, roles",
+    "evidence": "nothing to choose, with --strategy probe",
+    "plan": "folds, heads' settings",
     "heads": "all kinds tuned and fitted",
     "intervals": "the report's figures",
 }
@@ -156,7 +158,7 @@ def report(raw: dict[str, list], runs: int) -> None:
     for name in (name for name in ("pictures", *WITHIN, *names) if name in medians):
         cold, warm = medians.pop(name)
         print(f"| {name} | {cold:.2f} | {warm:.2f} | {NOTES.get(name, '')} |")
-    print(f"| rest | {rest[0]:.2f} | {rest[1]:.2f} | start, other imports, reading the folder, exit |")
+    print(f"| rest | {rest[0]:.2f} | {rest[1]:.2f} | start, other imports, exit |")
     imports = statistics.median(raw["imports"])
     print(f"\n`import torch` in a process of its own: {imports:.2f} s.")
 

@@ -49,17 +49,17 @@ def measure(few: int, many: int) -> None:
             print(f"{count} JPEGs of 500 x 375 take {used / MIB:.0f} MiB of disk", file=sys.stderr, flush=True)
             audited = headstart("audit", pictures, cache=folder / "other")[1]
             looked = run((sys.executable, __file__, "--look", pictures), cache)[1]
-            # The features are in the cache now: this is the rest of training, the head above all.
+            # The first look's features are in the cache now: the rest is other looks and the evidence, then the head.
             fitted = headstart("train", pictures, "--out", trained, cache=cache)[1]
             predicted = headstart("predict", trained, pictures, "--format", "json", cache=cache)[1]
-            names = ("audit", "train: reading and features", "train: the rest, features cached", "predict")
+            names = ("audit", "train: reading and features", "train: all, the first features cached", "predict")
             for name, peak in zip(names, (audited, looked, fitted, predicted), strict=True):
                 peaks.setdefault(name, []).append(peak / MIB)
 
     print(f"| peak resident memory, MiB | {few} pictures | {many} pictures | more | aim |")
     print("| --- | --- | --- | --- | --- |")
     for name, (small, large) in peaks.items():
-        aim = "-" if "cached" in name else f"at most {MORE_MIB}"
+        aim = "-" if "all" in name else f"at most {MORE_MIB}"
         print(f"| {name} | {small:.0f} | {large:.0f} | {large - small:.0f} | {aim} |")
 
     own = to_bytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
@@ -73,12 +73,12 @@ def measure(few: int, many: int) -> None:
 
 
 def look(pictures: Path) -> None:
-    """The reading of `headstart train`: every picture's facts and features."""
-    from headstart import backbones, config, read, views
+    """The reading of `headstart train`: every picture's facts, and its features of all depths."""
+    from headstart import config, networks, read, views
 
     settings = config.resolve(None, {})
-    located = backbones.locate(settings.model.backbone)
-    views.look(read(pictures), located.spec, lambda: backbones.load(located), settings, lambda items, total: items)
+    network = networks.find_network(settings)
+    views.look(read(pictures), network.spec, network.load, settings, lambda items, total: items)
 
 
 def fit() -> None:

@@ -429,9 +429,9 @@ def test_a_rate_for_no_block_is_refused_with_the_names_of_the_blocks_and_the_hea
 def test_a_network_of_one_size_is_named_with_what_to_do():
     network = timm.create_model("test_vit", num_classes=0, img_size=64, dynamic_img_size=False).eval()
     assert run(network, blank(network, 64)).shape == (1, network.num_features)
-    with pytest.raises(BackboneError, match=r"VisionTransformer: takes no pictures of 96 pixels \(.+\)\. .*--size"):
+    with pytest.raises(BackboneError, match=r"VisionTransformer: does not run on .* 96 pixels \(.+\)\. .*--size"):
         run(network, blank(network, 96))
-    with pytest.raises(BackboneError, match="takes no pictures of 96 pixels"):
+    with pytest.raises(BackboneError, match="does not run on pictures of 96 pixels"):
         find_blocks(network, 96)
 
 

@@ -215,15 +215,16 @@ def test_a_summary_says_why_its_geometry_depths_and_views_were_taken(trained):
     found = Evidence(
         (every, variant(("final",), 0.3)), (), None, 0.3, (fit("crop", 0.5), fit("pad", 0.4)), ("no time",)
     )
-    plan = dataclasses.replace(trained.plan, evidence=found)
+    plan = dataclasses.replace(trained.plan, evidence=found, further=("all blocks: not trained, the time is over",))
     lines = display.summary(dataclasses.replace(trained, plan=plan), "pictures").splitlines()
     assert [line for line in lines if line.startswith("why:")] == [
         "why:   log-loss by fit and size in pixels: crop 64 0.500, pad 64 0.400: pad 64 is taken",
         "why:   means on blocks.1 + final: 0.900 [0.800, 0.950], log-loss 0.200",
         "why:   distance from the pretraining pictures 0.33, of 0 to 1: the pictures are of another kind",
         "why:   no time",
+        "why:   all blocks: not trained, the time is over",
     ]
-    without = dataclasses.replace(trained, plan=dataclasses.replace(plan, evidence=None))
+    without = dataclasses.replace(trained, plan=dataclasses.replace(plan, evidence=None, further=()))
     assert "why:" not in display.summary(without, "pictures")
 
 

@@ -225,13 +225,13 @@ def test_a_network_that_does_not_take_the_size_is_passed_over_unless_it_was_name
 ):
     def refuse(network, pictures):
         if pictures.shape[-1] == 96 and type(network).__name__ != "EfficientNet":  # timm's, of the tiny weights
-            raise BackboneError("Lite", "takes no pictures of 96 pixels", "Leave out --size.")
+            raise BackboneError("Lite", "does not run on pictures of 96 pixels", "Leave out --size.")
         return real(network, pictures)
 
     real = blocks.run
     monkeypatch.setattr(blocks, "run", refuse)
     (ranked,) = headstart.rank(shapes, weights=str(tiny_weights), device="cpu", size=96)
-    assert ranked.file == str(tiny_weights) and "takes no pictures of 96 pixels" in caplog.text
+    assert ranked.file == str(tiny_weights) and "does not run on pictures of 96 pixels" in caplog.text
 
 
 # A plan alone

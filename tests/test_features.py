@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import subprocess
@@ -549,3 +550,28 @@ def test_a_shard_that_cannot_be_read_is_no_damage_and_stays(tmp_path, monkeypatc
         patched.setattr(safetensors, "safe_open", refuse)
         assert store.index() == {} and file.exists()
     assert "damaged" not in caplog.text and list(store.index()) == ["ab" * 32]
+
+
+def test_a_shard_that_may_not_be_marked_as_used_is_as_good(tmp_path, network, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(1, "Operation not permitted")  # another user's file
+
+    monkeypatch.setattr(os, "utime", refuse)
+    paths = write_pictures(tmp_path / "p", 3)
+    first, second = (features_of(paths, network, tmp_path / "cache")[0] for _ in range(2))
+    assert network.computed == 3 and np.array_equal(first.matrix, second.matrix)
+
+
+def test_a_shard_that_is_there_and_cannot_be_read_ends_the_run(tmp_path, network, monkeypatch):
+    paths = write_pictures(tmp_path / "p", 3)
+    features_of(paths, network, tmp_path / "cache")
+
+    def refuse(file):
+        if file.suffix == ".safetensors":
+            raise OSError(errno.EIO, "Input/output error")
+        return read_bytes(file)
+
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(RunError, match=r"safetensors: cannot be read \(Input/output error\)\. Delete it"):
+        features_of(paths, network, tmp_path / "cache")

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from headstart.files import sync, write_whole
+from headstart.files import mark_used, recall, remember, sync, write_whole
+
+
+@dataclass(frozen=True)
+class Facts:
+    count: int
 
 
 def refuse(number):
@@ -77,3 +83,34 @@ def test_a_file_that_cannot_be_written_whole_stays_as_it_was_and_is_named(tmp_pa
     assert caught.value.filename == str(file)
     assert file.read_bytes() == b"before"
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["file"]
+
+
+def test_what_was_remembered_is_recalled(tmp_path, caplog):
+    caplog.set_level("INFO")
+    file = tmp_path / "new" / "facts.json"
+    assert recall(file, lambda values: values, "it is found out") is None and not caplog.messages
+    remember(file, Facts(3), "it will be found out again")
+    assert recall(file, lambda values: Facts(**values), "it is found out") == Facts(3)
+    file.write_text("{")
+    assert recall(file, lambda values: values, "it is found out") is None and "it is found out" in caplog.text
+
+
+def test_nothing_is_recalled_from_where_one_may_not_look(tmp_path, monkeypatch, caplog):
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    caplog.set_level("INFO")
+    for name in ("stat", "open", "read_text"):
+        monkeypatch.setattr(Path, name, refuse)
+    assert recall(tmp_path / "facts.json", lambda values: values, "it is found out") is None
+    assert "Permission denied" in caplog.text
+
+
+def test_marking_a_file_as_used_changes_its_time_and_makes_none(tmp_path):
+    file = tmp_path / "graph"
+    mark_used(file)
+    assert not file.exists()
+    file.write_bytes(b"content")
+    os.utime(file, (1000, 1000))
+    mark_used(file)
+    assert file.stat().st_mtime > 1000

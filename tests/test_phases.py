@@ -242,8 +242,9 @@ def test_no_epoch_is_begun_that_would_take_longer_than_there_is_time(
     headstart.train(many, tmp_path / "run", **options(tiny_weights))
     rows = [json.loads(line) for line in (tmp_path / "run/history.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows if "step" not in row] == [0, 1] * 2
-    reasons = json.loads((tmp_path / "run/plan.json").read_text())["reasons"]
-    assert f"{BLOCKS}: stopped after 1 of 3 epochs, another would have taken too long" in reasons
+    made = json.loads((tmp_path / "run/plan.json").read_text())
+    why = f"{BLOCKS}: stopped after 1 of 3 epochs, another would have taken too long"
+    assert why in made["reasons"] and why in made["further"] and made["further"][-1] == made["reasons"][-1]
 
 
 def test_what_a_training_does_not_take_the_next_one_may(many, tiny_weights, tmp_path, monkeypatch, doubtful):
@@ -466,7 +467,7 @@ def test_a_training_that_diverges_is_given_up_and_the_others_go_on(
     monkeypatch.setattr(Training, "take_step", take_step)
     run = headstart.train(many, tmp_path / "run", **options(tiny_weights, epochs=3))
     why = f"{BLOCKS}: given up, epoch 2, step 1: the loss is nan: training has diverged"
-    assert why in run.plan.reasons and why in caplog.text
+    assert why in run.plan.reasons and why in run.plan.further and why in caplog.text
     assert not any(reason.startswith(f"{BLOCKS} trained") for reason in run.plan.reasons)
     assert any(reason.startswith(f"{ALL} trained") for reason in run.plan.reasons)
     assert json.loads((tmp_path / "run/plan.json").read_text())["reasons"] == list(run.plan.reasons)
@@ -783,4 +784,5 @@ def test_the_optimiser_that_is_set_gets_rates_that_suit_it():
 def test_a_training_is_not_given_time_that_it_does_not_fit_into():
     made = plan_with(121.9)
     assert [phase.name for phase in trainings_of(made)] == [BLOCKS]
-    assert "all blocks: not trained, 3 epochs would take about 70 s, and 70 s of the budget are left" in made.reasons
+    why = "all blocks: not trained, 3 epochs would take about 70 s, and 70 s of the budget are left"
+    assert why in made.reasons and why in made.further

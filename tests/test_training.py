@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import headstart
-from headstart import checkpoints, features, fitting, heads, history, training
+from headstart import checkpoints, evaluation, features, fitting, heads, history, phases, training, views
 from headstart.errors import DataError, UsageError
+from headstart.runs import Clock
 
 
 def write_table(path, rows, header=("image", "label")):
@@ -331,3 +332,32 @@ def test_odd_files_as_a_class_are_survived_and_each_left_out_is_named(train, rea
     predictions = list(headstart.predict(run.path, [data / source for source in sorted(files)]))
     assert len(predictions) == len(files)
     assert {p.source for p in predictions if p.error} == {str(data / source) for source in named}
+
+
+def test_the_time_of_each_part_of_a_run_is_booked_on_it(train, shapes, monkeypatch):
+    done = []
+
+    def note(owner, name):
+        real = getattr(owner, name)
+
+        def call(*given, **named):
+            result = real(*given, **named)
+            done.append(given[1] if owner is Clock else name)
+            return result
+
+        monkeypatch.setattr(owner, name, call)
+
+    parts = [(training, "_deal"), (training, "_weigh"), (phases, "settle"), (phases, "carry_out")]
+    for owner, name in [(views, "look"), *parts, (evaluation, "assess"), (Clock, "mark")]:
+        note(owner, name)
+    run = train(shapes)
+    assert [done[place : place + 2] for place in range(0, len(done), 2)] == [
+        ["look", "pictures"],
+        ["_deal", "audit"],
+        ["_weigh", "evidence"],
+        ["settle", "plan"],
+        ["carry_out", "heads"],
+        ["assess", "intervals"],
+    ]
+    told = json.loads((run.path / "environment.json").read_text())["seconds"]
+    assert list(told)[:6] == ["pictures", "audit", "evidence", "plan", "heads", "intervals"]

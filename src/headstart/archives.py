@@ -149,7 +149,7 @@ def _expand_once(archive: Path, decompress: Decompress, key: str) -> Path:
             if not tar.exists():
                 log.info("archive: %s can only be read from its beginning: it is unpacked once, into %s", archive, tar)
                 _tidy(folder, expand(archive, decompress, tar, BOUNDS, remedy))
-            os.utime(tar)  # the least recently used are the first to go
+            files.mark_used(tar)
     except OSError as error:
         raise DataError(archive, f"cannot be unpacked into {folder} ({explain(error)})", remedy) from error
     return tar

@@ -192,7 +192,7 @@ class Bench:
 
     def can_keep(self, phase: Train, activations: NDArray[np.float32], folder: Path) -> bool:
         """Whether there is room for what a phase keeps of all pictures, and half precision holds one's activations."""
-        if not prefix.fit_half(activations):
+        if not prefix.can_halve(activations):
             return False
         settings, select = phase.settings, len(self.dataset.of_role("select"))
         shape = (len(self.dataset.of_role("fit")) * settings.cached_views + select, *activations.shape)

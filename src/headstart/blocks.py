@@ -40,8 +40,9 @@ def run(network: nn.Module, pictures: Tensor) -> Tensor:
     # What networks raise for pictures of another size than theirs.
     except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
         reason = str(error).split("\n")[0].rstrip(".") or type(error).__name__
-        why = f"takes no pictures of {pictures.shape[-1]} pixels ({reason})"
-        raise BackboneError(type(network).__name__, why, "Leave out --size, or choose another network.") from error
+        why = f"does not run on pictures of {pictures.shape[-1]} pixels ({reason})"
+        remedy = "If you gave --size, leave it out; else choose another network."
+        raise BackboneError(type(network).__name__, why, remedy) from error
     return given
 
 

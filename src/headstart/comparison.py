@@ -59,9 +59,9 @@ def rank(data: Data, *, track: Track = lambda pictures, total: pictures, **setti
     """The networks whose weights are on this machine, the best for some pictures first.
 
     Each is judged by a logistic regression on its final features, cross-validated on the training pictures; those of
-    the report stay closed. Of more than 1,000 pictures a stratified part is looked at. With a `time_budget`, small
-    networks come first, and those are left out for which there is no time; the first one is always measured. All
-    pictures are opened once before that, as near-duplicates must not part.
+    the report stay closed. Of more than 1,000 pictures a stratified part is looked at. Networks that the user named
+    come first, then the others, the smallest first; with a `time_budget` those are left out for which there is no time,
+    and the first one is always measured. All pictures are opened once before that, as near-duplicates must not part.
 
     Args:
         data: a folder of class folders, an archive, a table, or what `read` gave.

@@ -6,7 +6,6 @@ its makers over the network; here neither happens.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import logging
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headstart.files import UNSEALED, holds_seal, seal, write_whole
+from headstart.files import UNSEALED, holds_seal, mark_used, seal, write_whole
 
 if TYPE_CHECKING:
     import torch
@@ -157,8 +156,7 @@ def _recall(file: Path, core: Any, settings: Mapping[str, object]) -> Any:
     except OSError as error:
         log.info("%s cannot be read (%s): it is made again", file, error.strerror)
         return None
-    with contextlib.suppress(OSError):  # in a cache that cannot be written, none goes
-        file.touch()  # the least recently used are the first to go
+    mark_used(file)
     if not holds_seal(content, content[: len(UNSEALED)].decode("ascii", "replace")):
         log.warning("cache: %s: is damaged and is made again", file)
         return None

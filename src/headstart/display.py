@@ -149,9 +149,7 @@ def _describe_training(run: Run) -> list[str]:
         )
     if run.plan.evidence is not None:
         lines += [f"why:   {line}" for line in describe_evidence(run.plan.evidence, brief=True)]
-    if run.plan.chooses:
-        lines.append(f"why:   {run.plan.reasons[-1]}")
-    return lines
+    return lines + [f"why:   {line}" for line in run.plan.further]
 
 
 def figures(result: Evaluation) -> str:

@@ -83,7 +83,7 @@ class Embedder:
         return found
 
     def embed(self, pixels: torch.Tensor) -> torch.Tensor:
-        """The same in PyTorch: float32 features of uint8 pixels, both on the device."""
+        """The same of tensors: float32 features of uint8 pixels, both on the device."""
         import torch
 
         plain = self.preprocess.normalise(pixels)
@@ -110,9 +110,9 @@ def prepare(
 ) -> Embedder:
     """The fastest exact form of a backbone: what rounding of the number format leaves of it, and no more.
 
-    Folding and bfloat16 are tried on a random picture; where the features leave the plain network's (cosine under 0.99
-    in bfloat16, 0.9999 else), the plain float32 network is used, and that is logged. The trial has the size of the
-    batches to come, on one thread as they will be, so that the routines generated for it are theirs.
+    Folding and the number format are tried on a random picture; where the features leave the plain network's (cosine
+    under 0.9999, or 0.99 in half precision), the plain float32 network is used, and that is logged. The trial has the
+    size of the batches to come, on one thread as they will be, so that the routines generated for it are theirs.
 
     Args:
         backbone: the network.
@@ -446,7 +446,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
-    """`bfloat16` or `float32`: `auto` is bfloat16 where the processor computes in it."""
+    """The number format by its name; `auto` is bfloat16 where the processor computes in it, float32 else."""
     import torch
 
     if name != "auto":

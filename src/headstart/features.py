@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import re
 import tempfile
 import time
@@ -25,7 +24,7 @@ from numpy.typing import NDArray
 
 from headstart import loading
 from headstart.errors import RunError
-from headstart.files import write_whole
+from headstart.files import mark_used, write_whole
 from headstart.images import Facts, Limits, Preprocess
 from headstart.loading import Picture, Wanted
 
@@ -120,6 +119,7 @@ class Store:
 
         Raises:
             DamagedShard: where a shard's bytes have changed or the shard has gone; it is deleted.
+            RunError: where a shard that could be looked into cannot be read.
         """
         from safetensors.numpy import load
 
@@ -156,9 +156,11 @@ class Store:
 def _read_checked(file: Path) -> bytes:
     try:
         content = file.read_bytes()
-        os.utime(file)  # the least recently used are the first to go
-    except OSError as error:  # another process may have tidied up
+    except FileNotFoundError as error:  # another process has tidied up
         raise DamagedShard(file) from error
+    except OSError as error:
+        raise RunError(file, f"cannot be read ({error.strerror})", "Delete it, or give --cache DIR.") from error
+    mark_used(file)
     if hashlib.sha256(content).hexdigest() != file.stem:
         log.warning("cache: %s: is damaged and was thrown away", file)
         file.unlink(missing_ok=True)

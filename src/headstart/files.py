@@ -57,13 +57,19 @@ def recall(file: Path, make: Callable[[dict[str, Any]], T], otherwise: str) -> T
         make: makes the value of its JSON values.
         otherwise: what follows where it cannot.
     """
-    if not file.exists():
-        return None
     try:
         return make(json.loads(file.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
     except (ValueError, LookupError, TypeError, OSError) as error:
         log.info("%s cannot be read (%s): %s", file, error, otherwise)
         return None
+
+
+def mark_used(file: Path) -> None:
+    """Note that a file of a cache was used: the least recently used are the first to go."""
+    with contextlib.suppress(OSError):  # somebody else's, or deleted meanwhile: it is as good without a mark
+        os.utime(file)
 
 
 def sync(folder: Path) -> None:

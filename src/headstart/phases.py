@@ -222,7 +222,7 @@ def compete(
         except DivergedError as error:  # what is left is still good
             why = f"{find_training(chosen, number).name}: given up, {error.subject}: {error.why}"
             log.warning(why)
-            chosen = dataclasses.replace(chosen, reasons=(*chosen.reasons, why))
+            chosen = dataclasses.replace(chosen, reasons=(*chosen.reasons, why), further=(*chosen.further, why))
             spare = 0.0
             continue
         arms += weigh(bench, chosen, number, start, trainings[number].adapted)
@@ -332,17 +332,18 @@ def decide(
     sources = [sample.source for sample in bench.dataset.of_role("select")]
     taken, why = choose(arms, [groups.get(source, source) for source in sources])
     (place,) = bench.world.tell([arms.index(taken)])
-    arm, reasons = arms[place], [*chosen.reasons, *map(str, arms)]
+    arm, told = arms[place], []
     for number, trained in trainings.items():
         phase, (facts,) = find_training(chosen, number), trained.facts
         epochs, most = facts["epochs"], phase.settings.epochs
         if epochs < most:
             cause = _find_cause(phase, facts["log_losses"], epochs - facts["best_epoch"])
-            reasons.append(f"{phase.name}: stopped after {epochs} of {most} epochs, {cause}")
+            told.append(f"{phase.name}: stopped after {epochs} of {most} epochs, {cause}")
     strategy: Strategy = "probe"
     if arm.share:
         strategy = "lp-ft" if find_training(chosen, arm.number).start == "pretrained" else "scratch"
-    return arm, dataclasses.replace(chosen, strategy=strategy, reasons=(*reasons, why))
+    reasons, further = (*chosen.reasons, *map(str, arms), *told, why), (*chosen.further, *told, why)
+    return arm, dataclasses.replace(chosen, strategy=strategy, reasons=reasons, further=further)
 
 
 def _find_cause(phase: Train, losses: Sequence[float], since: int) -> str:

@@ -133,6 +133,7 @@ class Plan:
     reasons: tuple[str, ...]
     timing: Timing = Timing()
     evidence: Evidence | None = None  # that it was made from
+    further: tuple[str, ...] = ()  # the reasons, of these, for what is trained further and what is not
 
     @property
     def unmeasured(self) -> Train | None:
@@ -166,12 +167,14 @@ def decide(situation: Situation, config: RunConfig) -> Plan:
     strategy = name_strategy(config)
     check(s.task, config)
     phases: list[Phase] = []
+    further: list[str] = []
     if strategy == "lp-ft" or not trains(config):
         phases.append(_plan_head(s, config, linear=strategy == "lp-ft", reasons=reasons))
     if trains(config):
         phases += _plan_training(s, strategy, config, reasons)
     elif s.evidence is not None:
-        phases += _plan_further(s, s.evidence, config, phases[0], reasons)
+        phases += _plan_further(s, s.evidence, config, phases[0], further)
+        reasons += further
     trained = any(isinstance(phase, Train) for phase in phases)
     if s.select and not trained:
         reasons.append(f"nothing is left to choose on the {s.select} select pictures: heads are fitted on them too")
@@ -183,7 +186,7 @@ def decide(situation: Situation, config: RunConfig) -> Plan:
     reasons.append(f"{s.precision} on {s.device}: {why}")
     if config.model.views != "auto":
         reasons.append(f"views {config.model.views}: as set")
-    return Plan(strategy, s.device, s.precision, tuple(phases), tuple(reasons), s.timing, s.evidence)
+    return Plan(strategy, s.device, s.precision, tuple(phases), tuple(reasons), s.timing, s.evidence, tuple(further))
 
 
 def _plan_head(s: Situation, config: RunConfig, linear: bool, reasons: list[str]) -> FitHead:

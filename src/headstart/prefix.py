@@ -173,7 +173,7 @@ def keep(
             with partial.open("r+b") as whole:
                 os.posix_fallocate(whole.fileno(), 0, partial.stat().st_size)
         for rows, values in _compute_all(album, augmentation, compute, seed, views):
-            if not fit_half(values):
+            if not can_halve(values):
                 log.info("activations are too large for float16, and not kept: the first blocks run each time")
                 del stored
                 partial.unlink()
@@ -195,7 +195,7 @@ def count_bytes(shape: tuple[int, ...]) -> int:
     return np.dtype(np.float16).itemsize * math.prod(shape)
 
 
-def fit_half(values: NDArray[np.float32]) -> bool:
+def can_halve(values: NDArray[np.float32]) -> bool:
     """Whether float16 holds such values."""
     return bool(np.abs(values).max() < LARGEST)  # nor a NaN
 
