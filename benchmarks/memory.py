@@ -3,8 +3,9 @@
 python benchmarks/memory.py            (1,000 and 10,000 pictures: about 0.7 GB in the folder for temporary files)
 python benchmarks/memory.py --quick    (100 and 1,000)
 
-Expected (2-core machine), from 1,000 to 10,000: audit 22 MiB more, training's reading 109, predict 52; heads 5.0 times
-their matrix. With --quick the reading takes 150 more: 100 pictures do not fill the window of pictures decoded ahead.
+Expected (2-core machine), from 1,000 to 10,000: audit 24 MiB more, training's reading 520 with OpenVINO (over the aim;
+from 4,000 on it hardly grows), predict 100; heads 4.9 times their matrix. With --quick the reading takes more still:
+100 pictures do not fill the window of pictures decoded ahead.
 """
 
 from __future__ import annotations
