@@ -3,6 +3,7 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -226,6 +227,14 @@ def test_a_summary_says_why_its_geometry_depths_and_views_were_taken(trained):
     ]
     without = dataclasses.replace(trained, plan=dataclasses.replace(plan, evidence=None, further=()))
     assert "why:" not in display.summary(without, "pictures")
+
+
+def test_commands_that_a_summary_ends_with_can_be_pasted(trained):
+    noted = dataclasses.replace(trained.audit, findings=(Finding("odd", "note", "it is odd", "Look at it."),))
+    run = dataclasses.replace(trained, path=Path("my runs") / "a", audit=noted)
+    *_, audit, predict = display.summary(run, "the pictures").splitlines()
+    assert shlex.split(audit) == ["headstart", "audit", "the pictures"]
+    assert shlex.split(predict) == ["headstart", "predict", str(Path("my runs") / "a"), "PICTURE..."]
 
 
 @pytest.mark.parametrize(("count", "told"), [(0, "0 notes"), (1, "1 note"), (2, "2 notes")])

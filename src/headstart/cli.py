@@ -92,7 +92,7 @@ def train(
     if run is None:
         print(f"{display.shown(str(out))} holds this run, finished; nothing was changed.")
     elif isinstance(run, training.Run):
-        print(display.summary(run, display.shown(data)))
+        print(display.summary(run, data))
     else:
         print(display.planned(run))
 
@@ -295,7 +295,7 @@ def demo(*, out: str = "runs/demo") -> None:
 
     with terminal.show_progress() as track:
         run, predictions = demonstration.demo(out, track=track)
-    print(display.summary(run, display.shown(os.path.join(out, "digits"))))
+    print(display.summary(run, os.path.join(out, "digits")))
     print("\n" + demonstration.draw(predictions))
     print("\nNow with your own pictures, a folder for each class:\n")
     print("  headstart train PICTURES --out runs/mine")

@@ -57,11 +57,10 @@ def summary(run: Run, data: str) -> str:
         lines.append(f"\n{run.leaked} report pictures have a duplicate in training; without them: {name} {estimate}")
     elif run.leaked:
         lines.append("\nALL report pictures have a duplicate in training: these figures say nothing")
-    place = shown(str(run.path))
-    lines += ["", f"written to {place}", "next:"]
+    lines += ["", f"written to {shown(str(run.path))}", "next:"]
     if any(counts.values()):
-        lines.append(f"  headstart audit {data}")
-    lines.append(f"  headstart predict {place} PICTURE...")
+        lines.append(f"  {shown(shlex.join(('headstart', 'audit', data)))}")
+    lines.append(f"  {shown(shlex.join(('headstart', 'predict', str(run.path))))} PICTURE...")
     return "\n".join(lines)
 
 
