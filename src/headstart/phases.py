@@ -222,7 +222,7 @@ def compete(
         except DivergedError as error:  # what is left is still good
             why = f"{find_training(chosen, number).name}: given up, {error.subject}: {error.why}"
             log.warning(why)
-            chosen = dataclasses.replace(chosen, reasons=(*chosen.reasons, why), further=(*chosen.further, why))
+            chosen = chosen.told(why)
             spare = 0.0
             continue
         arms += weigh(bench, chosen, number, start, trainings[number].adapted)
@@ -342,8 +342,8 @@ def decide(
     strategy: Strategy = "probe"
     if arm.share:
         strategy = "lp-ft" if find_training(chosen, arm.number).start == "pretrained" else "scratch"
-    reasons, further = (*chosen.reasons, *map(str, arms), *told, why), (*chosen.further, *told, why)
-    return arm, dataclasses.replace(chosen, strategy=strategy, reasons=reasons, further=further)
+    chosen = dataclasses.replace(chosen, strategy=strategy, reasons=(*chosen.reasons, *map(str, arms)))
+    return arm, chosen.told(*told, why)
 
 
 def _find_cause(phase: Train, losses: Sequence[float], since: int) -> str:

@@ -151,6 +151,10 @@ class Plan:
         """Whether what was trained is held against the fitted head."""
         return isinstance(self.phases[-1], Choose)
 
+    def told(self, *why: str) -> Plan:
+        """The plan with more that is said of training further."""
+        return dataclasses.replace(self, reasons=(*self.reasons, *why), further=(*self.further, *why))
+
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values."""
         return asdict(self)
